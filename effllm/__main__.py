@@ -1,0 +1,5 @@
+"""`python -m effllm`."""
+
+from effllm.cli import entry
+
+entry()

@@ -1,0 +1,88 @@
+"""The command line: one verb per file, thin. A verb is one file and one line in `COMMANDS`.
+
+Results go to stdout; progress and messages to stderr. Exit codes: 0 done, 2 wrong input, 3 a check or gate failed,
+130 interrupted. Anything else is a bug of effllm and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from effllm.errors import EffllmError, GateFailed
+
+COMMANDS = {
+    "compress": "effllm.cli.compress:compress",
+    "export": "effllm.cli.export:export",
+    "eval": "effllm.cli.eval:evaluate",
+    "bench": "effllm.cli.bench:bench",
+    "predict": "effllm.cli.predict:predict",
+    "report": "effllm.cli.report:report",
+    "show": "effllm.cli.show:show",
+    "doctor": "effllm.cli.doctor:doctor",
+}
+"""Verb -> `module:command`, in the order of `--help`."""
+
+
+class _Verbs(click.Group):
+    """Loads a verb's file when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="""\b
+Examples:
+  effllm compress MODEL --method int8 --out small      an int8 model, checked and gated
+  effllm bench MODEL small --html report.html          dense and compressed, measured together
+  effllm predict small "a text"                        an answer
+  effllm VERB --help                                   more of each
+""",
+)
+@click.version_option(package_name="effllm")
+def cli() -> None:
+    """Make encoder models smaller and faster, with proof.
+
+    MODEL is a model folder or a hub id. Results go to stdout, progress to stderr. Exit codes: 0 done, 2 the input is
+    wrong, 3 a quality gate or check failed and nothing was written.
+    """
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        result = cli.main(args=arguments, prog_name="effllm", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except EffllmError as error:
+        if isinstance(error, GateFailed):
+            from effllm.cli.console import print_rows
+
+            print_rows(error.rows)
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def entry() -> None:
+    """The console script."""
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""`effllm bench`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from effllm.cli.options import COLUMNS, HTML, JSON, TASK
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from effllm.progress import Track
+    from effllm.rows import Row
+    from effllm.runtime.predictor import Predictor
+    from effllm.tasks import Example
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  effllm bench MODEL small
+      torch fp32 and bf16, ONNX Runtime fp32 and the int8 folder `small`, one thread
+  effllm bench MODEL small other --data dev.jsonl --html report.html
+      with quality on dev.jsonl and the real lengths of its texts
+  effllm bench MODEL small --threads 2 --tokens 16,64,256 --batch 1,32 --json rows.jsonl
+"""
+)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL…")
+@click.option("--data", metavar="FILE", help="Examples for quality (where labelled), agreement and the real length mix.")
+@TASK
+@COLUMNS
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --data.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of every system.")
+@click.option("--tokens", default="16,64,128", show_default=True, help="Sequence lengths to time.")
+@click.option("--batch", "batch_sizes", default="1,16", show_default=True, help="Batch sizes to time.")
+@click.option("--rounds", type=click.IntRange(min=3), default=11, show_default=True, help="Interleaved repeats.")
+@click.option("--engine", "engines", multiple=True, metavar="NAME", help="Also run every ONNX folder on this engine.")
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Do not time a system that agrees less with the dense model.",
+)
+@JSON
+@HTML
+def bench(
+    models: tuple[str, ...],
+    data: str | None,
+    task: str | None,
+    columns: str | None,
+    limit: int | None,
+    threads: int,
+    tokens: str,
+    batch_sizes: str,
+    rounds: int,
+    engines: tuple[str, ...],
+    min_agreement: float,
+    json_file: str | None,
+    html_file: str | None,
+) -> None:
+    """Measure MODEL… against each other: quality, agreement, speed, size, memory.
+
+    A model folder with weights is run by torch in float32 and bfloat16 and, exported on the fly, by ONNX Runtime in
+    float32; a folder that effllm wrote is run as it is. Every system has its own warm process and the same threads; runs
+    are interleaved. The first MODEL is the dense parent that the others are compared with.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from effllm.cli.console import print_rows, progress, say, write_html, write_json
+    from effllm.errors import SettingError
+    from effllm.measure.lineup import Settings, measure
+
+    settings = Settings(
+        data=Path(data) if data else None,
+        task=task,
+        columns=columns,
+        limit=limit,
+        threads=threads,
+        tokens=_numbers("--tokens", tokens),
+        batch_sizes=_numbers("--batch", batch_sizes),
+        rounds=rounds,
+        min_agreement=min_agreement,
+    )
+    raise SettingError("not reached")
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    from effllm.errors import SettingError
+
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise SettingError(f"{flag} takes whole numbers from 1 on, such as 16,64; got {text!r}")
+    return numbers

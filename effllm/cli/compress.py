@@ -1,0 +1,99 @@
+"""`effllm compress`."""
+
+from __future__ import annotations
+
+import click
+
+from effllm.cli.options import COLUMNS, FORCE, HTML, JSON, OUT, TASK, THREADS
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  effllm compress MODEL --method int8 --out small
+      the faster of the int8 forms that pass the gate, calibrated on built-in English text
+  effllm compress MODEL --method int8:activations=static --calib texts.txt --out small
+      answers that never depend on their batch, calibrated on your texts
+  effllm compress MODEL --method int8 --calib train.jsonl --dev dev.jsonl --max-drop 0.005 --out small
+      fails, with exit code 3 and no folder, when more than 0.5 % of the dense accuracy is lost
+
+`effllm show methods` lists the methods and their settings.
+"""
+)
+@click.argument("model")
+@click.option(
+    "--method", "method_spec", required=True, metavar="NAME[:K=V,…]", help="The method and its settings, such as int8."
+)
+@OUT
+@TASK
+@click.option("--calib", metavar="FILE", help="Calibration texts (.txt, .jsonl, .csv, .tsv; .gz, .xz); no labels needed.")
+@click.option("--dev", metavar="FILE", help="Labelled examples for the gate; without them it is on agreement with dense.")
+@click.option("--dev-limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --dev.")
+@COLUMNS
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="The share of the dense metric (or of the agreement) that may be lost.",
+)
+@FORCE
+@THREADS
+@JSON
+@HTML
+def compress(
+    model: str,
+    method_spec: str,
+    out: str,
+    task: str | None,
+    calib: str | None,
+    dev: str | None,
+    dev_limit: int | None,
+    columns: str | None,
+    max_drop: float,
+    force: bool,
+    threads: int | None,
+    json_file: str | None,
+    html_file: str | None,
+) -> None:
+    """Compress MODEL and prove that it is still right.
+
+    MODEL (a folder or a hub id) is exported, checked against torch, compressed, compared with the dense model on the
+    same examples and reloaded from disk. The folder appears only when all of that went well; it loads in ONNX Runtime,
+    sentence-transformers, optimum-onnx, fastembed and transformers.js.
+    """
+    from pathlib import Path
+
+    from effllm.variant import check_target
+
+    check_target(Path(out), force=force)
+    from effllm.cli.console import print_rows, progress, say, write_html, write_json
+    from effllm.compress import parse_method
+    from effllm.compress.pipeline import compress as run
+    from effllm.data.readers import parse_columns
+
+    method = parse_method(method_spec)
+    with progress() as track:
+        variant = run(
+            model,
+            out,
+            method=method,
+            task=task,
+            calib=calib,
+            dev=dev,
+            columns=parse_columns(columns),
+            dev_limit=dev_limit,
+            max_drop=max_drop,
+            threads=threads,
+            force=force,
+            track=track,
+        )
+    if json_file != "-":
+        print_rows(variant.rows)
+    if json_file:
+        write_json(json_file, variant.rows)
+    if html_file:
+        write_html(html_file, variant.rows, f"{Path(model).name}: {method_spec}", variant.manifest["notes"])
+    for note in variant.manifest["notes"]:
+        say(f"· {note}")
+    say(f"wrote {variant.path} — try: effllm bench {model} {variant.path}")

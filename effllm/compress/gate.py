@@ -1,0 +1,31 @@
+"""The quality gate: is the compressed model still right?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effllm.measure.quality import Comparison
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a comparison stays within the allowed drop, and the sentence that says so."""
+
+    passed: bool
+    drop: float
+    reason: str
+
+
+def judge(comparison: Comparison, max_drop: float) -> Verdict:
+    """Judge a comparison.
+
+    With reference answers, the drop is the share of the dense metric that is lost. Without, it is one minus the
+    agreement with the dense model: answers for classifiers, taggers and readers, mean cosine for embeddings.
+    """
+    drop = comparison.drop
+    if comparison.labelled:
+        what = f"{comparison.task.metric} drop {drop:+.2%} of dense"
+    else:
+        what = f"disagreement with dense {drop:.2%} (no labelled data was given)"
+    passed = drop <= max_drop
+    return Verdict(passed, drop, f"{what}, {'within' if passed else 'more than'} the allowed {max_drop:.2%}")

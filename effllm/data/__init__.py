@@ -1,0 +1,1 @@
+"""Reading, splitting and providing the texts that effllm works on."""

@@ -1,0 +1,127 @@
+"""Files of examples: .jsonl, .csv, .tsv and .txt, plain or compressed with gzip or xz.
+
+A file is read as records, a mapping of column names to values; a .txt file has one text per line, in column `text`.
+Every fault names the file and the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from effllm.errors import ArtifactError, SettingError
+from effllm.tasks import Example, Head, Task
+
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".txt")
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """Read `--columns text=sentence,label=y`: the names that effllm uses, mapped to the file's own."""
+    mapping: dict[str, str] = {}
+    for item in filter(None, (text or "").split(",")):
+        ours, equals, theirs = item.partition("=")
+        if not equals or not ours or not theirs:
+            raise SettingError(f"--columns: expected name=column, got {item!r}")
+        mapping[ours.strip()] = theirs.strip()
+    return mapping
+
+
+def read_records(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, record) of a file, its columns renamed by `columns`.
+
+    Raises ArtifactError for a missing, unreadable or empty file or a malformed line, SettingError for an unknown format
+    or a column of `columns` that the file does not have.
+    """
+    suffixes = [s for s in path.suffixes if s not in {".gz", ".xz"}]
+    kind = suffixes[-1] if suffixes else ""
+    if not path.is_file():
+        raise ArtifactError(f"no file at {path}")
+    if kind not in SUFFIXES:
+        raise SettingError(f"{path}: unknown format {kind or '(no suffix)'}; expected {', '.join(SUFFIXES)} (.gz, .xz)")
+    count = 0
+    try:
+        with _open(path) as stream:
+            for number, record in _parse(stream, kind, path):
+                count += 1
+                yield number, _rename(record, columns or {}, path)
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except (OSError, EOFError, lzma.LZMAError, csv.Error) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+    if not count:
+        raise ArtifactError(f"{path} holds no examples")
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open("r", encoding="utf-8-sig", newline="")
+
+
+def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if kind in {".csv", ".tsv"}:
+        reader = csv.DictReader(stream, delimiter="," if kind == ".csv" else "\t", strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ArtifactError(
+                    f"{path}:{reader.line_num} does not have the {len(reader.fieldnames or [])} columns of the header"
+                )
+            yield reader.line_num, dict(row)
+        return
+    for number, line in enumerate(stream, start=1):
+        line = line.strip("\r\n")
+        if not line.strip():
+            continue
+        if kind == ".txt":
+            yield number, {"text": line.strip()}
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ArtifactError(f"{path}:{number} is not valid JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ArtifactError(f"{path}:{number} is not a JSON object")
+        yield number, record
+
+
+def _rename(record: dict[str, Any], columns: Mapping[str, str], path: Path) -> dict[str, Any]:
+    renamed = dict(record)
+    for ours, theirs in columns.items():
+        if theirs not in record:
+            raise SettingError(f"{path} has no column {theirs!r} (columns: {', '.join(map(str, record))})")
+        renamed[ours] = record[theirs]
+    return renamed
+
+
+def read_examples(
+    path: Path,
+    task: Task,
+    head: Head,
+    *,
+    gold: bool,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> list[Example]:
+    """Read a file as examples of a task, at most `limit` of them.
+
+    Without `gold`, reference answers are not needed, and a file that has only a `text` column serves every task.
+    Raises SettingError naming file and line for a missing column or a label that the model does not have.
+    """
+    examples, texts = [], []
+    for number, record in read_records(path, columns):
+        try:
+            examples.append(task.parse(record, head, gold=gold))
+        except SettingError as error:
+            if gold or not isinstance(record.get("text"), str) or examples:
+                raise SettingError(f"{path}:{number}: {error}") from None
+            texts.append(record["text"])
+        if limit is not None and max(len(examples), len(texts)) >= limit:
+            break
+    return examples or task.unlabelled(texts, head)

@@ -1,0 +1,1 @@
+"""From a transformers model to ONNX: trace, check, quantise, lay out."""

@@ -1,0 +1,107 @@
+"""The folder that every tool loads: ONNX Runtime, sentence-transformers, optimum-onnx, fastembed, transformers.js, TEI.
+
+Besides the ONNX files it holds the config, the fast tokenizer with a real length limit and the old file formats that
+these tools still read: boolean pooling keys, the old module paths, `max_seq_length`, `special_tokens_map.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from effllm.export.source import Source
+from effllm.folder import read_json
+from effllm.runtime.pooling import MODE_KEYS, Pooling, read_pooling
+
+TOKENIZER_CLASSES = {
+    "bert": "BertTokenizer",
+    "distilbert": "DistilBertTokenizer",
+    "electra": "ElectraTokenizer",
+    "roberta": "RobertaTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+}
+"""Model type -> the tokenizer class name that transformers 4 and transformers.js know; others take the generic one."""
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def write_layout(source: Source, target: Path) -> None:
+    """Write everything but the ONNX files and the manifest into `target`."""
+    _write_config(source, target)
+    _write_tokenizer(source, target)
+    if source.task.any_model:
+        _write_modules(source, target)
+
+
+def _write_config(source: Source, target: Path) -> None:
+    config = dict(source.folder.config)
+    if not config.get("architectures"):
+        config["architectures"] = [type(source.model).__name__]
+    config.pop("_name_or_path", None)
+    _write_json(target / "config.json", config)
+
+
+def _write_tokenizer(source: Source, target: Path) -> None:
+    """Write the fast tokenizer and its settings under a class name of transformers 4, with a real length limit."""
+    tokenizer = source.tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.save(str(target / "tokenizer.json"))
+    tokens = {name: str(getattr(tokenizer, name)) for name in SPECIAL_TOKENS if getattr(tokenizer, name, None)}
+    settings: dict[str, Any] = {
+        key: value
+        for key, value in read_json(source.folder.path / "tokenizer_config.json", {}).items()
+        if key not in {"name_or_path", "tokenizer_file", "special_tokens_map_file", "auto_map", "backend", "is_local"}
+    }
+    kind = str(source.folder.config["model_type"])
+    settings |= tokens
+    settings["model_max_length"] = source.folder.max_length
+    settings["tokenizer_class"] = TOKENIZER_CLASSES.get(kind, "PreTrainedTokenizerFast")
+    settings["model_input_names"] = list(tokenizer.model_input_names)
+    _write_json(target / "tokenizer_config.json", settings)
+    _write_json(target / "special_tokens_map.json", tokens)
+    for name in ("vocab.txt", "vocab.json", "merges.txt"):
+        if (source.folder.path / name).is_file():
+            shutil.copyfile(source.folder.path / name, target / name)
+
+
+def _write_modules(source: Source, target: Path) -> None:
+    pooling = read_pooling(source.folder.path)
+    modules = ["Transformer", "Pooling", *(["Normalize"] if pooling.normalize else [])]
+    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    _write_json(
+        target / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": paths[name], "type": f"sentence_transformers.models.{name}"}
+            for i, name in enumerate(modules)
+        ],
+    )
+    width = source.folder.config.get("hidden_size") or source.folder.config.get("dim")
+    (target / "1_Pooling").mkdir()
+    _write_json(target / "1_Pooling" / "config.json", pooling_config(pooling, int(width or 0)))
+    if pooling.normalize:
+        (target / "2_Normalize").mkdir()
+        _write_json(target / "2_Normalize" / "config.json", {})
+    _write_json(
+        target / "sentence_bert_config.json", {"max_seq_length": source.folder.max_length, "do_lower_case": False}
+    )
+    known = read_json(source.folder.path / "config_sentence_transformers.json", {})
+    _write_json(
+        target / "config_sentence_transformers.json",
+        {"prompts": known.get("prompts", {}), "default_prompt_name": known.get("default_prompt_name")},
+    )
+
+
+def pooling_config(pooling: Pooling, width: int) -> dict[str, Any]:
+    """Return `1_Pooling/config.json` in the old form with one boolean per mode."""
+    return {
+        "word_embedding_dimension": width,
+        **{key: mode == pooling.mode for mode, key in MODE_KEYS.items()},
+        "include_prompt": True,
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""A transformers model loaded for export: checked, in float32, with the head that the task needs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from effllm.errors import ArtifactError, Unsupported
+from effllm.folder import ModelFolder, has_tokenizer
+from effllm.tasks import Head, Task
+
+MODEL_TYPES = frozenset({"bert", "roberta", "distilbert", "electra", "xlm-roberta", "modernbert"})
+"""The model types whose export and compression are tested; others are refused by name."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model with its folder, task, head and fast tokenizer."""
+
+    folder: ModelFolder
+    task: Task
+    model: Any
+    tokenizer: Any
+    head: Head
+
+
+def load_source(folder: ModelFolder, task: Task) -> Source:
+    """Load a checked folder's model (eager attention, float32, eval mode) and tokenizer.
+
+    Raises ArtifactError when the tokenizer is missing or the weights do not fit, Unsupported when the model type is not
+    known, is already quantised, or has no trained head for the task.
+    """
+    kind = str(folder.config["model_type"])
+    if kind not in MODEL_TYPES:
+        raise Unsupported(f"{folder.path} is a {kind!r} model; effllm handles {', '.join(sorted(MODEL_TYPES))}")
+    if folder.config.get("quantization_config"):
+        method = folder.config["quantization_config"].get("quant_method", "unknown")
+        raise Unsupported(f"{folder.path} is already quantised ({method}); start from the dense model")
+    if not has_tokenizer(folder.path):
+        raise ArtifactError(f"{folder.path} has no tokenizer files (tokenizer.json, vocab.txt, …)")
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = getattr(transformers, task.auto_class).from_pretrained(
+                folder.path,
+                attn_implementation="eager",
+                dtype=torch.float32,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {reason}") from error
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler") and ".pooler." not in key)
+    if missing:
+        raise Unsupported(
+            f"{folder.path} has no weights for {missing[0]}: it was not trained for {task.name} (pass another --task?)"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise Unsupported(f"{folder.path} has no fast tokenizer ({type(tokenizer).__name__} cannot be converted)")
+    return Source(folder, task, model.eval(), tokenizer, Head(labels=tuple(folder.labels)))

@@ -1,0 +1,185 @@
+"""A model folder in the Hugging Face layout: found, checked and described without loading torch.
+
+Every way in which such a folder is commonly broken (no config, no weights, a truncated or LFS-pointer file, a web page
+saved under a model's name, pickled weights, remote code) is one ArtifactError or Unsupported, before any work is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effllm.errors import ArtifactError, Unsupported
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.onnx", "*.onnx_data", "*.txt", "*.model", "tokenizer*", "*/config.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked model folder: `path`, its `config.json` and what can be read off it."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """The class name of the model, such as `BertForSequenceClassification`; empty when the config names none."""
+        names = self.config.get("architectures") or [""]
+        return str(names[0])
+
+    @property
+    def labels(self) -> list[str]:
+        """The label names in the order of the logits; empty for models without a label head."""
+        id2label = self.config.get("id2label") or {}
+        return [str(id2label[key]) for key in sorted(id2label, key=int)]
+
+    @functools.cached_property
+    def max_length(self) -> int:
+        """The most tokens that the model takes, special tokens included."""
+        limits = [10**9]
+        positions = self.config.get("max_position_embeddings")
+        if isinstance(positions, int):
+            # RoBERTa-style position ids start after the padding id.
+            offset = (self.config.get("pad_token_id") or 0) + 1 if self._positions_after_padding else 0
+            limits.append(positions - offset)
+        for name, key in (("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")):
+            value = read_json(self.path / name, {}).get(key)
+            if isinstance(value, (int, float)) and 0 < value < 10**9:
+                limits.append(int(value))
+        return min(limits) if min(limits) < 10**9 else 512
+
+    @property
+    def _positions_after_padding(self) -> bool:
+        return str(self.config.get("model_type")) in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder holds safetensors weights (as opposed to an exported graph only)."""
+        return any(self.path.glob("*.safetensors"))
+
+
+def find(model: str | Path) -> Path:
+    """Return the local folder of MODEL, a path or a hub id; a hub id is downloaded to the Hugging Face cache.
+
+    Raises ArtifactError when there is no such folder and the hub has none or cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ArtifactError(f"{model} is a file; expected a model folder or a hub id")
+    text = str(model)
+    if not HUB_ID.fullmatch(text) or text.startswith("."):
+        raise ArtifactError(f"no model folder at {model}")
+    return _download(text)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub client raises types of several libraries; each becomes one clear line
+        reason = str(error).strip().splitlines()
+        raise ArtifactError(
+            f"no folder named {hub_id!r} here, and the hub did not give a model of that name: "
+            f"{type(error).__name__}{': ' + reason[0] if reason else ''}"
+        ) from error
+
+
+def open_folder(model: str | Path, *, weights: bool = True) -> ModelFolder:
+    """Find and check a model folder.
+
+    With `weights`, its safetensors files must be present and whole. Raises ArtifactError for a missing or damaged file,
+    Unsupported for pickled weights and remote code, which are never loaded.
+    """
+    path = find(model)
+    if not (path / "config.json").is_file():
+        raise ArtifactError(f"{path} has no config.json; it is not a model folder")
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ArtifactError(f"{path / 'config.json'} does not describe a transformers model: it has no model_type")
+    if config.get("auto_map"):
+        raise Unsupported(f"{path} needs code from the model folder (auto_map); effllm does not run remote code")
+    folder = ModelFolder(path, config)
+    if weights:
+        _check_weights(path)
+    return folder
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """Read a JSON file; a missing one gives `default` where that is not None. Raises ArtifactError otherwise."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is not None:
+            return default
+        raise ArtifactError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not valid JSON{_disguise(path)}: {error}") from None
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Return whether the folder holds a tokenizer, fast or slow."""
+    names = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+    return any((path / name).is_file() for name in names)
+
+
+def _check_weights(path: Path) -> None:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(read_json(index).get("weight_map", {}).values())
+        files = [path / str(name) for name in sorted(shards)]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = [name for name in PICKLES if (path / name).is_file()]
+        if pickled:
+            raise Unsupported(
+                f"{path} holds only pickled weights ({pickled[0]}), which can run code when loaded; "
+                "save the model again with save_pretrained to get safetensors"
+            )
+        raise ArtifactError(f"{path} has a config but no weights (no *.safetensors)")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Check a safetensors file's header against its size; the format is an 8-byte length, a JSON header, the data."""
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing; the index names it")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if 0 < length <= min(size, 100_000_000) else b""
+    try:
+        tensors = json.loads(header)
+        end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{file} is not a safetensors file{_disguise(file)}") from None
+    if size != 8 + length + end:
+        raise ArtifactError(f"{file} is truncated or damaged: {size} bytes, its header promises {8 + length + end}")
+
+
+def disguise_of_onnx(file: Path) -> str:
+    """Say what a file that does not parse as ONNX looks like: an LFS pointer, a web page, empty, or nothing known."""
+    return _disguise(file)
+
+
+def _disguise(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(200)
+    except OSError:
+        return ""
+    if head.startswith(b"version https://git-lfs"):
+        return " (it is a git-lfs pointer: run `git lfs pull`)"
+    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
+        return " (it is a web page saved under this name)"
+    return " (it is empty)" if not head else ""

@@ -1,0 +1,111 @@
+"""What this machine is: cores that this process may use, instruction set, memory, versions.
+
+Read from the operating system without importing torch or ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("effllm", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "openvino", "numpy")
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """The integer-matrix instructions that decide how int8 should be done.
+
+    `family` is `"x86"`, `"arm"` or `"other"`; `vnni` is true when an unsigned-by-signed 8-bit dot product accumulates
+    straight into 32 bits (AVX512-VNNI, AVX-VNNI, AMX-INT8, ARM dot product).
+    """
+
+    family: str
+    vnni: bool
+    name: str
+
+
+def instruction_set(flags: frozenset[str] | None = None, architecture: str | None = None) -> InstructionSet:
+    """Return the instruction set of this processor, or of the given `/proc/cpuinfo` flags and `uname -m`."""
+    architecture = architecture or platform.machine()
+    flags = _cpu_flags() if flags is None else flags
+    if architecture in {"aarch64", "arm64"}:
+        dot = bool(flags & {"asimddp", "i8mm"}) or sys.platform == "darwin"
+        return InstructionSet("arm", dot, "ARM i8mm" if "i8mm" in flags else "ARM dot product" if dot else "ARM NEON")
+    if architecture in {"x86_64", "AMD64"}:
+        for flag, name in (("amx_int8", "AMX-INT8"), ("avx512_vnni", "AVX512-VNNI"), ("avx_vnni", "AVX-VNNI")):
+            if flag in flags:
+                return InstructionSet("x86", True, name)
+        return InstructionSet("x86", False, "AVX512" if "avx512bw" in flags else "AVX2" if "avx2" in flags else "SSE")
+    return InstructionSet("other", False, architecture)
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return frozenset()
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in {"flags", "Features"}:
+            return frozenset(value.split())
+    return frozenset()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: the smaller of its CPU affinity and its cgroup quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(affinity, _cgroup_quota() or affinity))
+
+
+def _cgroup_quota() -> int | None:
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if not quota.exists():
+        return None
+    limit, period = quota.read_text(encoding="ascii").split()
+    return None if limit == "max" else max(1, int(int(limit) / int(period)))
+
+
+def cpu_name() -> str:
+    """Return the processor's own name, with the instruction set that int8 uses."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe() -> str:
+    """Return the machine in one line, as rows carry it."""
+    return f"{cpu_name()} ({instruction_set().name}), {usable_cores()} cores, {platform.system()}"
+
+
+def versions() -> dict[str, str]:
+    """Return the version of Python and of each package that decides a result, where installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Return the highest resident memory that this process has had, in bytes.
+
+    Linux's VmHWM starts anew at exec; `getrusage` would count the parent's memory for a process that was spawned.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

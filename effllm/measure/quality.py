@@ -1,0 +1,241 @@
+"""Two models on the same examples: metric, its difference, agreement, largest difference of the raw outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from effllm import machine
+from effllm.errors import CheckFailed, SettingError
+from effllm.measure.statistics import interval_of_difference, interval_of_score
+from effllm.progress import Track, silent
+from effllm.rows import Row
+from effllm.tasks import Example, Task
+
+
+class Answered(Protocol):
+    """An answer with the raw outputs that it was made from."""
+
+    @property
+    def value(self) -> Any:
+        """The task's answer."""
+
+    @property
+    def outputs(self) -> list[Any]:
+        """One mapping of output names to arrays per encoding."""
+
+    @property
+    def truncated_tokens(self) -> int:
+        """The tokens that did not fit the model."""
+
+
+class Answerer(Protocol):
+    """A model that answers; `effllm.runtime.predictor.Predictor` is one."""
+
+    @property
+    def name(self) -> str:
+        """The label in tables."""
+
+    @property
+    def task(self) -> Task:
+        """The task that it answers."""
+
+    def answers(self, examples: Sequence[Example], chunk: int = 128, batch_size: int | None = None) -> Iterator[Any]:
+        """Answer examples in order."""
+
+
+@dataclass
+class Collected:
+    """What one model gave over a set of examples."""
+
+    statistics: list[tuple[float, ...]] = field(default_factory=list)
+    truncated: int = 0
+
+    def add(self, task: Task, example: Example, answer: Answered) -> None:
+        """Take in one answer; examples without a reference answer are not scored."""
+        _check_finite(answer)
+        if task.metric and example.gold is not None:
+            self.statistics.append(task.statistics(example, answer.value))
+        self.truncated += answer.truncated_tokens > 0
+
+    @property
+    def array(self) -> np.ndarray:
+        """The statistics as an (examples, k) array."""
+        return np.array(self.statistics, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a model (`other`) differs from its dense parent on the same examples.
+
+    `agreement` is the share of answers that are equal; for embeddings the mean cosine. `agreements` has one entry per
+    example that was compared.
+    """
+
+    task: Task
+    dense_name: str
+    name: str
+    data: str
+    dense: np.ndarray
+    other: np.ndarray
+    agreements: np.ndarray
+    largest_difference: float
+    truncated: int
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there were reference answers, so that the metric is known."""
+        return len(self.dense) > 0
+
+    @property
+    def agreement(self) -> float:
+        """The share of answers that agree, or the mean cosine of embeddings."""
+        return float(self.agreements[:, 0].sum() / self.agreements[:, 1].sum())
+
+    @property
+    def drop(self) -> float:
+        """How much quality is lost: as a share of the dense metric, or one minus the agreement without labels."""
+        if not self.labelled:
+            return 1.0 - self.agreement
+        dense = self.task.score(self.dense)
+        return (dense - self.task.score(self.other)) / abs(dense) if dense else 0.0
+
+    def rows(self) -> list[Row]:
+        """Return the comparison as rows."""
+        rows = list(self._agreement_rows())
+        if self.labelled:
+            rows = [
+                quality_row(self.task, self.dense, self.dense_name, self.data),
+                quality_row(self.task, self.other, self.name, self.data),
+                self._change_row(),
+                *rows,
+            ]
+        return rows
+
+    def _change_row(self) -> Row:
+        low, high = interval_of_difference(self.task.score, self.other, self.dense)
+        return Row(
+            metric=f"{self.task.metric} change",
+            value=self.task.score(self.other) - self.task.score(self.dense),
+            unit="absolute",
+            system=self.name,
+            n=len(self.other),
+            low=low,
+            high=high,
+            how={"role": "change", "data": self.data, "over": self.dense_name},
+            machine=machine.describe(),
+        )
+
+    def _agreement_rows(self) -> Iterator[Row]:
+        cosine = self.task.outputs == ("last_hidden_state",)
+        values = {"cosine mean" if cosine else "agreement": self.agreement}
+        if cosine:
+            values["cosine min"] = float((self.agreements[:, 0] / self.agreements[:, 1]).min())
+        else:
+            values["largest logit difference"] = self.largest_difference
+        for metric, value in values.items():
+            yield Row(
+                metric=metric,
+                value=value,
+                unit="absolute" if "logit" in metric else "share",
+                system=self.name,
+                n=len(self.agreements),
+                how={"role": "agreement", "data": self.data, "over": self.dense_name},
+                machine=machine.describe(),
+            )
+
+
+def quality_row(task: Task, statistics: np.ndarray, system: str, data: str) -> Row:
+    """Return the metric of one model with its bootstrap interval."""
+    low, high = interval_of_score(task.score, statistics)
+    return Row(
+        metric=task.metric,
+        value=task.score(statistics),
+        unit="absolute",
+        system=system,
+        n=len(statistics),
+        low=low,
+        high=high,
+        how={"role": "quality", "data": data},
+        machine=machine.describe(),
+    )
+
+
+def evaluate(model: Answerer, examples: Sequence[Example], data: str, track: Track = silent) -> tuple[Row, int]:
+    """Return the metric of a model as a row, and how many examples were cut to the model's length.
+
+    Raises SettingError when the task has no metric or no example has a reference answer.
+    """
+    if not model.task.metric:
+        raise SettingError(f"{model.task.name} has no metric of its own; use --task sentence-similarity with scored pairs")
+    collected = Collected()
+    for example, answer in zip(track(examples, f"evaluating {model.name}", len(examples)), model.answers(examples), strict=True):
+        collected.add(model.task, example, answer)
+    if not collected.statistics:
+        raise SettingError(f"{data} has no reference answers")
+    return quality_row(model.task, collected.array, model.name, data), collected.truncated
+
+
+def compare(
+    dense: Answerer, other: Answerer, examples: Sequence[Example], data: str, track: Track = silent
+) -> Comparison:
+    """Run two models over the same examples and compare their answers.
+
+    Raises CheckFailed when an output is NaN or infinite.
+    """
+    task, first, second = dense.task, Collected(), Collected()
+    agreements, largest = [], 0.0
+    pairs = zip(examples, dense.answers(examples), other.answers(examples), strict=True)
+    for example, a, b in track(pairs, f"comparing {other.name}", len(examples)):
+        first.add(task, example, a)
+        second.add(task, example, b)
+        agreed, total = task.agreement(example, a.value, b.value)
+        if total:
+            agreements.append((agreed, total))
+        for x, y in zip(a.outputs, b.outputs, strict=True):
+            largest = max(largest, *(float(np.abs(x[name] - y[name]).max()) for name in task.outputs))
+    if not agreements:
+        raise SettingError(f"{data} has no examples to compare on")
+    return Comparison(
+        task, dense.name, other.name, data, first.array, second.array, np.array(agreements), largest, second.truncated
+    )
+
+
+@dataclass(frozen=True)
+class BatchSpread:
+    """How much an answer changes with its batch: 1 - cosine of embeddings, or the largest change of a logit."""
+
+    mean: float
+    largest: float
+    unit: str
+    n: int
+
+    def row(self, system: str) -> Row:
+        """Return the largest change as a row."""
+        return Row("batch spread", self.largest, self.unit, system, self.n, how={"role": "batch"}, machine=machine.describe())
+
+
+def batch_spread(model: Answerer, examples: Sequence[Example], batch_size: int = 16) -> BatchSpread:
+    """Answer every example alone and among the others, and return how far the raw outputs move."""
+    cosine = model.task.outputs == ("last_hidden_state",)
+    changes = []
+    alone = model.answers(examples, chunk=1, batch_size=1)
+    together = model.answers(examples, chunk=max(len(examples), 1), batch_size=batch_size)
+    for example, a, b in zip(examples, alone, together, strict=True):
+        if cosine:
+            agreed, total = model.task.agreement(example, a.value, b.value)
+            changes.append(max(0.0, 1.0 - agreed / total))
+        else:
+            pairs = zip(a.outputs, b.outputs, strict=True)
+            changes.append(max(float(np.abs(x[k] - y[k]).max()) for x, y in pairs for k in model.task.outputs))
+    return BatchSpread(float(np.mean(changes)), max(changes), "1 - cosine" if cosine else "logit", len(changes))
+
+
+def _check_finite(answer: Answered) -> None:
+    for outputs in answer.outputs:
+        for name, array in outputs.items():
+            if not np.isfinite(array).all():
+                raise CheckFailed(f"output {name} has values that are not finite")

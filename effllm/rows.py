@@ -1,0 +1,74 @@
+"""One measured number, and files of them.
+
+Evaluation, benchmarks and kernels yield rows; tables, plots and the README's numbers are functions of rows. A row says
+what was measured (`metric`, `unit`), on what (`system`), how (`how`), where (`machine`), with which uncertainty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from effllm.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number.
+
+    `low` and `high` bound a 95 % interval of `value` where one was computed; `n` is the number of repeats or examples
+    behind it; `how` holds what must be equal for two rows to be comparable (batch, length, threads, data, seed).
+    """
+
+    metric: str
+    value: float
+    unit: str
+    system: str
+    n: int = 1
+    low: float | None = None
+    high: float | None = None
+    how: dict[str, Any] = field(default_factory=dict)
+    machine: str = ""
+    at: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"row {self.metric!r} of {self.system!r} is not finite: {self.value}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as a JSON object without its empty fields."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "", {})}
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSON lines, replacing `path` only when all of them are written."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text("".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a JSON-lines file. Raises ArtifactError naming the line that is not a row."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"cannot read rows from {path}: {error}") from None
+    known = {f.name for f in dataclasses.fields(Row)}
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or not set(value) <= known:
+                raise TypeError("unknown fields")
+            rows.append(Row(**value))
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}:{number} is not a row of measurements: {error}") from None
+    return rows

@@ -1,0 +1,1 @@
+"""Running models and answering with them. Only `torch.py` imports torch."""

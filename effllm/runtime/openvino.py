@@ -1,0 +1,41 @@
+"""OpenVINO on the CPU, over the same ONNX files (extra `openvino`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from effllm.errors import ArtifactError, MissingExtra
+from effllm.folder import disguise_of_onnx
+
+
+class OpenVinoEngine:
+    """An ONNX file compiled by OpenVINO. On processors with BF16 it computes in BF16, as OpenVINO does by default."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self.inputs = tuple(i.get_any_name() for i in compiled.inputs)
+
+    @classmethod
+    def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:
+        """Compile an ONNX file. Raises MissingExtra without OpenVINO, ArtifactError when the file does not load."""
+        try:
+            import openvino
+        except ImportError:
+            raise MissingExtra("openvino", "openvino", "the OpenVINO engine") from None
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing")
+        try:
+            options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+            return cls(openvino.Core().compile_model(str(path), "CPU", options))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ArtifactError(f"{path} cannot be loaded{disguise_of_onnx(path)}: {reason}") from None
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one padded batch."""
+        results = self._compiled({name: feeds[name] for name in self.inputs})
+        return {output.get_any_name(): np.array(results[output]) for output in self._compiled.outputs}

@@ -1,0 +1,53 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import onnxruntime as ort
+
+from effllm.errors import ArtifactError
+from effllm.folder import disguise_of_onnx
+
+ort.set_default_logger_severity(4)
+
+
+class OrtEngine:
+    """An ONNX file in an ONNX Runtime session.
+
+    The memory-pattern cache is off: with free shapes it keeps one plan per shape seen and grows without bound.
+    """
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self.inputs = tuple(i.name for i in session.get_inputs())
+        self._outputs = tuple(o.name for o in session.get_outputs())
+
+    @classmethod
+    def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:
+        """Load an ONNX file. Raises ArtifactError naming the cause when it is missing, damaged or not ONNX."""
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing")
+        try:
+            return cls(ort.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"]))
+        except Exception as error:  # ONNX Runtime raises a dozen types without a public base class
+            reason = str(error).strip().splitlines()[0]
+            raise ArtifactError(f"{path} cannot be loaded{disguise_of_onnx(path)}: {reason}") from None
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one padded batch."""
+        results = self._session.run(None, {name: feeds[name] for name in self.inputs})
+        return dict(zip(self._outputs, results, strict=True))
+
+
+def session_options(threads: int, disabled_optimisers: Sequence[str] = ()) -> ort.SessionOptions:
+    """Return the session options that effllm uses everywhere: equal threads, no growth with the shapes seen."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.log_severity_level = 4
+    return options

@@ -1,0 +1,153 @@
+"""Text to token ids and back, with the `tokenizers` library alone.
+
+A folder's `tokenizer.json` is read as it is; padding and truncation are done here, so that what was cut is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from effllm.errors import ArtifactError
+from effllm.folder import ModelFolder, read_json
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One model input of `T` tokens, unpadded.
+
+    `special`, `word_ids`, `sequence_ids` and `offsets` (character positions in their own text) have one entry per
+    token. `truncated_tokens` counts the tokens that did not fit. `masked_ids` maps the places that were masked for
+    evaluation to their true ids; `mask_places` are all masked places.
+    """
+
+    ids: Sequence[int]
+    type_ids: Sequence[int]
+    special: Sequence[bool]
+    word_ids: Sequence[int | None]
+    sequence_ids: Sequence[int | None]
+    offsets: Sequence[tuple[int, int]]
+    tokenizer: TextTokenizer = field(repr=False, compare=False)
+    truncated_tokens: int = 0
+    masked_ids: Mapping[int, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def mask_places(self) -> list[int]:
+        """The positions that hold the mask token."""
+        return [i for i, token in enumerate(self.ids) if token == self.tokenizer.mask_id]
+
+    def masked(self, ids: Sequence[int], masked_ids: Mapping[int, int]) -> Encoding:
+        """Return a copy with other ids, remembering the true ids of the masked places."""
+        return dataclasses.replace(self, ids=ids, masked_ids=masked_ids)
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a token id."""
+        return self.tokenizer.decode_token(token)
+
+
+class TextTokenizer:
+    """A fast tokenizer with the length limit of its model."""
+
+    def __init__(self, backend: Tokenizer, max_length: int, mask_token: str | None, pad_id: int) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.max_length = max_length
+        self.mask_token = mask_token
+        self.mask_id = backend.token_to_id(mask_token) if mask_token else None
+        self.pad_id = pad_id
+
+    @classmethod
+    def open(cls, folder: ModelFolder) -> TextTokenizer:
+        """Read a folder's tokenizer. Raises ArtifactError when there is none that can be read."""
+        file = folder.path / "tokenizer.json"
+        if not file.is_file():
+            raise ArtifactError(f"{folder.path} has no tokenizer.json")
+        try:
+            backend = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ArtifactError(f"{file} is not a tokenizer: {error}") from None
+        return cls.of(backend, folder)
+
+    @classmethod
+    def of(cls, backend: Tokenizer, folder: ModelFolder) -> TextTokenizer:
+        """Wrap a tokenizer that is already loaded, with the limits and special tokens of a model folder."""
+        mask = None
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            value = read_json(folder.path / name, {}).get("mask_token")
+            mask = mask or (value.get("content") if isinstance(value, dict) else value)
+        if mask is None:
+            mask = next((token for token in ("[MASK]", "<mask>") if backend.token_to_id(token) is not None), None)
+        return cls(backend, folder.max_length, mask, int(folder.config.get("pad_token_id") or 0))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of token ids, added tokens included."""
+        return int(self._backend.get_vocab_size())
+
+    def decode_token(self, token: int) -> str:
+        """Return the text of one token, without surrounding space."""
+        return str(self._backend.decode([token], skip_special_tokens=False)).strip()
+
+    def encode(self, text: str, pair: str | None = None) -> Encoding:
+        """Encode a text or a pair, truncating the longer one first to `max_length` tokens."""
+        self._truncate(self.max_length)
+        return self._encoding(self._backend.encode(text, pair))
+
+    def encode_words(self, words: Sequence[str]) -> Encoding:
+        """Encode a text that is already split into words; `word_ids` refer to them."""
+        self._truncate(self.max_length)
+        return self._encoding(self._backend.encode(list(words), is_pretokenized=True))
+
+    def encode_windows(self, question: str, passage: str, length: int, stride: int) -> list[Encoding]:
+        """Encode a question with each window of `length` tokens of a passage; windows overlap by `stride` tokens.
+
+        A question that takes more than half of a window is cut to half of it.
+        """
+        self._backend.no_truncation()
+        ids = self._backend.encode(question, add_special_tokens=False)
+        if len(ids.ids) > length // 2:
+            question = question[: ids.offsets[length // 2 - 1][1]]
+        used = len(self._backend.encode(question, "").ids)
+        stride = max(0, min(stride, (length - used) // 2))
+        self._backend.enable_truncation(length, stride=stride, strategy="only_second")
+        first = self._backend.encode(question, passage)
+        return [self._encoding(window, overflow=False) for window in (first, *first.overflowing)]
+
+    def _truncate(self, length: int) -> None:
+        self._backend.enable_truncation(length, strategy="longest_first")
+
+    def _encoding(self, raw: Any, *, overflow: bool = True) -> Encoding:
+        lost = sum(len(part.ids) - sum(part.special_tokens_mask) for part in raw.overflowing) if overflow else 0
+        return Encoding(
+            ids=raw.ids,
+            type_ids=raw.type_ids,
+            special=[bool(s) for s in raw.special_tokens_mask],
+            word_ids=raw.word_ids,
+            sequence_ids=raw.sequence_ids,
+            offsets=raw.offsets,
+            tokenizer=self,
+            truncated_tokens=lost,
+        )
+
+
+def pad_batch(encodings: Sequence[Encoding], pad_id: int) -> dict[str, np.ndarray]:
+    """Stack encodings into int64 arrays (B, T_max) `input_ids`, `attention_mask`, `token_type_ids`, padded right."""
+    width = max(len(e) for e in encodings)
+    ids = np.full((len(encodings), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    types = np.zeros_like(ids)
+    for row, encoding in enumerate(encodings):
+        ids[row, : len(encoding)] = encoding.ids
+        types[row, : len(encoding)] = encoding.type_ids
+        mask[row, : len(encoding)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}

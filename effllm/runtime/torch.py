@@ -1,0 +1,43 @@
+"""PyTorch, eager, on the CPU: the dense model as transformers runs it. The only file of `runtime` that loads torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import transformers
+
+
+class TorchEngine:
+    """A transformers model in float32."""
+
+    dtype = torch.float32
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        names = model.forward.__code__.co_varnames
+        self.inputs = tuple(n for n in ("input_ids", "attention_mask", "token_type_ids") if n in names)
+
+    @classmethod
+    def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:
+        """Load a transformers folder with the given `AutoModel…` class."""
+        torch.set_num_threads(threads)
+        model = getattr(transformers, auto_class).from_pretrained(path, dtype=cls.dtype)
+        return cls(model.eval())
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one padded batch."""
+        with torch.inference_mode():
+            output = self._model(**{name: torch.from_numpy(feeds[name]) for name in self.inputs})
+        return {
+            name: value.float().numpy() for name, value in output.items() if isinstance(value, torch.Tensor)
+        }
+
+
+class TorchBf16Engine(TorchEngine):
+    """A transformers model in bfloat16."""
+
+    dtype = torch.bfloat16

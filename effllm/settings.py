@@ -1,0 +1,87 @@
+"""A settings dataclass as text, as JSON and as help: one definition, three views.
+
+The text form is the one of the command line, `name:key=value,key=value`. A settings dataclass is frozen, its fields have
+defaults, and their types are `int`, `float`, `bool`, `str` or a `Literal` of strings; each field's help stands in
+`field(metadata={"help": …})`. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+
+from effllm.errors import SettingError, unknown_name
+
+T = TypeVar("T")
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Split `"int8:activations=static,seed=1"` into its name and its raw settings."""
+    name, _, rest = spec.partition(":")
+    settings: dict[str, str] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SettingError(f"{spec!r}: expected key=value, got {item!r}")
+        if key in settings:
+            raise SettingError(f"{spec!r}: {key!r} is given twice")
+        settings[key.strip()] = value.strip()
+    return name.strip(), settings
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Make a `cls` from raw values (strings of the command line or JSON values), checking keys and types.
+
+    Raises SettingError for an unknown key or a value that does not fit the field's type. Ranges are the dataclass's
+    own business, in its `__post_init__`.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cast(Any, cls)) if f.init}
+    for key in values:
+        if key not in fields:
+            raise unknown_name(f"setting of {where}", key, fields)
+    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise SettingError(f"{where} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in {"true", "yes", "1"}:
+            return True
+        if str(value).lower() in {"false", "no", "0"}:
+            return False
+        raise SettingError(f"{where} must be true or false, got {value!r}")
+    if kind in (int, float, str):
+        try:
+            return kind(value)
+        except ValueError:
+            raise SettingError(f"{where} must be {_type_name(kind)}, got {value!r}") from None
+    raise TypeError(f"{where}: settings of type {kind} are not supported")
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true|false"}[kind]
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """Return the settings as a JSON object, in field order. `build` reads it back."""
+    return dataclasses.asdict(settings)
+
+
+def describe(cls: type[Any]) -> list[tuple[str, str, str, str]]:
+    """Return (key, type, default, help) for each field, for `--help` and `effllm show`."""
+    hints = typing.get_type_hints(cls)
+    return [
+        (f.name, _type_name(hints[f.name]), str(f.default), f.metadata.get("help", ""))
+        for f in dataclasses.fields(cls)
+        if f.init
+    ]

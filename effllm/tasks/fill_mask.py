@@ -1,0 +1,79 @@
+"""Fill-mask: the words that fit a masked place."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from effllm.errors import SettingError
+from effllm.tasks.task import Example, Head, Outputs, Task, softmax, text_column
+
+if TYPE_CHECKING:
+    from effllm.runtime.tokenizer import Encoding, TextTokenizer
+
+MASK = "[MASK]"
+"""How a masked place is written in any text, whatever the model's own mask token is."""
+EVALUATION_RATE = 0.15
+
+
+class FillMask(Task):
+    """Masked-language models. Any text is its own reference: 15 % of its tokens are masked and must be restored."""
+
+    name = "fill-mask"
+    auto_class = "AutoModelForMaskedLM"
+    architectures = ("ForMaskedLM", "ForPreTraining")
+    outputs = ("logits",)
+    batch_tokens = 512
+    columns = {"text": "the text; masked by the evaluation where it holds no [MASK]"}
+    metric = "masked accuracy"
+
+    def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
+        """Read `text`; its reference answer is the text itself."""
+        return Example(text_column(record, "text"), gold=True if gold else None)
+
+    def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
+        """Encode the text. Without a mask in it, 15 % of its tokens, a pure function of the text, are masked."""
+        text = str(example.text)
+        if tokenizer.mask_token is None or tokenizer.mask_id is None:
+            raise SettingError("the model's tokenizer has no mask token")
+        if MASK in text or tokenizer.mask_token in text:
+            return [tokenizer.encode(text.replace(MASK, tokenizer.mask_token))]
+        encoding = tokenizer.encode(text)
+        places = [i for i, special in enumerate(encoding.special) if not special]
+        count = max(1, round(EVALUATION_RATE * len(places))) if places else 0
+        chosen = random.Random(text).sample(places, count)
+        ids = list(encoding.ids)
+        for place in chosen:
+            ids[place] = tokenizer.mask_id
+        return [encoding.masked(ids, {place: encoding.ids[place] for place in chosen})]
+
+    def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
+        """Return for each mask the five best tokens `{"token", "score"}`, and the best and true ids for scoring."""
+        encoding, logits = encodings[0], outputs[0]["logits"]
+        places = []
+        for place in encoding.mask_places:
+            best = logits[place].argsort()[::-1][:5]
+            scores = softmax(logits[place])
+            places.append(
+                {
+                    "candidates": [{"token": encoding.token_text(int(i)), "score": float(scores[i])} for i in best],
+                    "id": int(best[0]),
+                    "true_id": encoding.masked_ids.get(place),
+                }
+            )
+        return {"masks": places}
+
+    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
+        """Return at how many masks the best token is the same, and how many masks there are."""
+        pairs = list(zip(first["masks"], second["masks"], strict=True))
+        return float(sum(a["id"] == b["id"] for a, b in pairs)), float(len(pairs))
+
+    def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
+        """Return (masks restored, masks)."""
+        scored = [m for m in answer["masks"] if m["true_id"] is not None]
+        return (float(sum(m["id"] == m["true_id"] for m in scored)), float(len(scored)))
+
+    def unlabelled(self, texts: Sequence[str], head: Head) -> list[Example]:
+        """Make examples that are their own reference."""
+        return [Example(text, gold=True) for text in texts]

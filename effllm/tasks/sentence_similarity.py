@@ -1,0 +1,65 @@
+"""Sentence similarity: the cosine of two embeddings, scored by Spearman's rank correlation with human scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from effllm.errors import SettingError
+from effllm.tasks.feature_extraction import cosine, pool, unit
+from effllm.tasks.task import Example, Head, Outputs, Task, text_column
+
+if TYPE_CHECKING:
+    from effllm.runtime.tokenizer import Encoding, TextTokenizer
+
+
+class SentenceSimilarity(Task):
+    """Pairs of sentences. The answer holds both embeddings, so that agreement sees the vectors, not only the cosine."""
+
+    name = "sentence-similarity"
+    auto_class = "AutoModel"
+    architectures = ("Model",)
+    any_model = True
+    outputs = ("last_hidden_state",)
+    columns = {"text": "one sentence", "text_pair": "the other sentence", "score": "how similar they are (any scale)"}
+    metric = "spearman"
+
+    def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
+        """Read `text`, `text_pair` and the number `score`."""
+        score = record.get("score")
+        if gold:
+            try:
+                score = float(score)  # type: ignore[arg-type]
+            except (TypeError, ValueError):
+                raise SettingError(f"column 'score' must be a number, got {score!r}") from None
+        return Example(text_column(record, "text"), text_column(record, "text_pair"), score)
+
+    def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
+        """Encode each sentence alone."""
+        return [tokenizer.encode(str(example.text)), tokenizer.encode(str(example.text_pair))]
+
+    def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
+        """Return `{"similarity": cosine, "embeddings": (2, H) float32 array}`."""
+        vectors = np.stack([unit(pool(o["last_hidden_state"], head.pooling)) for o in outputs])
+        return {"similarity": float(vectors[0] @ vectors[1]), "embeddings": vectors.astype(np.float32)}
+
+    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
+        """Return the cosines between the two models' embeddings, summed over the two sentences."""
+        return sum(cosine(a, b) for a, b in zip(first["embeddings"], second["embeddings"], strict=True)), 2.0
+
+    def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
+        """Return (similarity, reference score)."""
+        return (answer["similarity"], float(example.gold))
+
+    def score(self, statistics: np.ndarray) -> float:
+        """Return Spearman's rank correlation, ties averaged; 0 when one side is constant."""
+        if len(statistics) < 2 or np.ptp(statistics[:, 0]) == 0 or np.ptp(statistics[:, 1]) == 0:
+            return 0.0
+        return float(stats.spearmanr(statistics[:, 0], statistics[:, 1]).statistic)
+
+    def unlabelled(self, texts: Sequence[str], head: Head) -> list[Example]:
+        """Pair each text with the next one."""
+        return [Example(a, b) for a, b in zip(texts[::2], texts[1::2], strict=False)]

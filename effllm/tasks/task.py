@@ -1,0 +1,107 @@
+"""What a task is: how an example is read, encoded, answered and scored.
+
+A task is one file with one subclass and one line in `TASKS`. It knows tokens and arrays, nothing of torch, files or
+engines: `runtime` gives it encodings and raw outputs, `measure` takes its statistics. Arrays are float32 NumPy, one
+example's outputs without padding: `T` is the number of its tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from effllm.errors import SettingError
+
+if TYPE_CHECKING:
+    from effllm.runtime.tokenizer import Encoding, TextTokenizer
+
+Outputs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a task needs to know of the model that answers: its labels and how it pools."""
+
+    labels: tuple[str, ...] = ()
+    pooling: str = "mean"
+    problem_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input and, where known, its reference answer. The fields that a task uses are named in its `columns`."""
+
+    text: str | tuple[str, ...]
+    text_pair: str | None = None
+    gold: Any = None
+
+
+class Task(ABC):
+    """A task; subclasses are final and stateless."""
+
+    name: ClassVar[str]
+    """The name of the transformers pipeline."""
+    auto_class: ClassVar[str]
+    """The transformers class that loads a model with this task's head."""
+    architectures: ClassVar[tuple[str, ...]]
+    """Endings of the architecture names that have this head."""
+    any_model: ClassVar[bool] = False
+    """True when every encoder can do the task without a head of its own."""
+    outputs: ClassVar[tuple[str, ...]]
+    """The names of the model outputs that the answer is made from."""
+    per_token: ClassVar[bool] = True
+    """True when the outputs have one entry per token, false when one per text."""
+    batch_tokens: ClassVar[int] = 2048
+    """The most padded tokens in one batch of an evaluation; bounds the memory of the outputs."""
+    columns: ClassVar[Mapping[str, str]]
+    """Column name -> what it holds; those of the reference answer are optional when none is needed."""
+    metric: ClassVar[str] = ""
+    """The name of the quality metric; larger is better. Empty when the task has none."""
+
+    @abstractmethod
+    def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
+        """Make an example from a record. Raises SettingError for a missing column or a label unknown to the model."""
+
+    @abstractmethod
+    def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
+        """Tokenise an example into the one or more inputs that the model sees."""
+
+    @abstractmethod
+    def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
+        """Make the answer, a JSON value with scores, from the raw outputs of each encoding."""
+
+    @abstractmethod
+    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
+        """Compare two models' answers to one example: (how much of it agrees, out of how much)."""
+
+    def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
+        """Return the numbers of one example from which `score` makes the metric."""
+        raise NotImplementedError(f"{self.name} has no metric")
+
+    def score(self, statistics: np.ndarray) -> float:
+        """Make the metric from an (examples, k) array of statistics. Default: the first over the second, summed."""
+        total = statistics[:, 1].sum()
+        return float(statistics[:, 0].sum() / total) if total else 0.0
+
+    def unlabelled(self, texts: Sequence[str], head: Head) -> list[Example]:
+        """Make examples without reference answers from plain text."""
+        return [Example(text) for text in texts]
+
+
+def text_column(record: Mapping[str, Any], name: str) -> str:
+    """Return a column that must hold text. Raises SettingError naming the columns that are there."""
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise SettingError(f"no text in column {name!r} (columns: {', '.join(map(str, record)) or 'none'})")
+    return value
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the softmax over the last axis, in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    result: np.ndarray = shifted / shifted.sum(axis=-1, keepdims=True)
+    return result

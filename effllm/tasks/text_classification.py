@@ -1,0 +1,82 @@
+"""Text classification: one label per text or per pair of texts; a single-output head is a regression or a reranker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from effllm.errors import SettingError, unknown_name
+from effllm.tasks.task import Example, Head, Outputs, Task, softmax, text_column
+
+if TYPE_CHECKING:
+    from effllm.runtime.tokenizer import Encoding, TextTokenizer
+
+
+def label_index(value: Any, labels: Sequence[str]) -> int:
+    """Return the index of a label given by name or by number. Raises SettingError when the model has no such label."""
+    text = str(value)
+    if text in labels:
+        return labels.index(text)
+    if text.isdigit() and int(text) < len(labels):
+        return int(text)
+    raise unknown_name("label", text, labels)
+
+
+class TextClassification(Task):
+    """Single texts or pairs. Metric: accuracy; Spearman's rank correlation for a head with one output."""
+
+    name = "text-classification"
+    auto_class = "AutoModelForSequenceClassification"
+    architectures = ("ForSequenceClassification",)
+    outputs = ("logits",)
+    per_token = False
+    columns = {"text": "the text", "text_pair": "the second text of a pair (optional)", "label": "the label"}
+    metric = "accuracy"
+
+    def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
+        """Read `text`, an optional `text_pair`, and `label` (a name or number of the model's labels)."""
+        pair = text_column(record, "text_pair") if record.get("text_pair") is not None else None
+        label: Any = record.get("label")
+        if gold:
+            if label is None:
+                raise SettingError(f"no column 'label' (columns: {', '.join(map(str, record))})")
+            label = float(label) if len(head.labels) == 1 else label_index(label, head.labels)
+        return Example(text_column(record, "text"), pair, label)
+
+    def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
+        """Encode the text, or the two texts as a pair."""
+        return [tokenizer.encode(str(example.text), example.text_pair)]
+
+    def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
+        """Return `{"label", "score", "scores"}`; `score` is the probability, or the raw output of a one-output head."""
+        logits = outputs[0]["logits"]
+        if len(logits) == 1:
+            return {"label": head.labels[0], "score": float(logits[0]), "index": 0}
+        if head.problem_type == "multi_label_classification":
+            scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        else:
+            scores = softmax(logits)
+        best = int(scores.argmax())
+        named = {head.labels[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")}
+        return {"label": head.labels[best], "score": float(scores[best]), "index": best, "scores": named}
+
+    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
+        """Return whether the labels are the same; for a one-output head, one minus the difference of the outputs."""
+        if "scores" not in first:
+            return max(0.0, 1.0 - abs(first["score"] - second["score"])), 1.0
+        return float(first["index"] == second["index"]), 1.0
+
+    def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
+        """Return (correct, 1), or (output, reference) for a one-output head."""
+        if "scores" not in answer:
+            return (answer["score"], float(example.gold), 0.0)
+        return (float(answer["index"] == example.gold), 1.0)
+
+    def score(self, statistics: np.ndarray) -> float:
+        """Return the accuracy, or Spearman's rank correlation for a one-output head."""
+        if statistics.shape[1] == 3:
+            return float(stats.spearmanr(statistics[:, 0], statistics[:, 1]).statistic)
+        return super().score(statistics)

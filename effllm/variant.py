@@ -1,0 +1,207 @@
+"""A variant: an immutable model folder with a manifest, written whole or not at all.
+
+`effllm.json` says where the folder comes from (parent, steps, settings, seeds, versions), what it promises
+(`batch_dependent`), what was measured on it (rows) and the SHA-256 and size of every other file. `create` writes into a
+temporary folder beside the target and renames it when complete; what a killed process leaves behind is swept by the
+next `create` on the same target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effllm import machine
+from effllm.errors import ArtifactError, SettingError
+from effllm.rows import Row
+
+MANIFEST = "effllm.json"
+FORMAT = 1
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A folder that effllm wrote, and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        """The task that the folder's model answers."""
+        return str(self.manifest["task"])
+
+    @property
+    def batch_dependent(self) -> bool:
+        """True when an answer can change with the other texts of its batch."""
+        return bool(self.manifest.get("batch_dependent", False))
+
+    @property
+    def rows(self) -> list[Row]:
+        """The numbers that were measured on the folder when it was written."""
+        return [Row(**row) for row in self.manifest.get("rows", [])]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Variant:
+        """Read a variant and check every file against its recorded SHA-256.
+
+        Raises ArtifactError when the manifest or a file is missing, damaged, or reaches outside the folder.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        for name, entry in manifest["files"].items():
+            file = folder / name
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise ArtifactError(f"{folder}: the manifest names {name!r}, which is outside the folder")
+            if not file.is_file():
+                raise ArtifactError(f"{folder}: {name} is missing; the folder is incomplete")
+            if file.stat().st_size != entry["size_bytes"]:
+                raise ArtifactError(
+                    f"{file} is damaged: {file.stat().st_size} bytes, {entry['size_bytes']} were written"
+                )
+            if sha256(file) != entry["sha256"]:
+                raise ArtifactError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
+        return cls(folder, manifest)
+
+
+def is_variant(folder: Path) -> bool:
+    """Return whether a folder carries effllm's manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest without checking its files. Raises ArtifactError when it is not one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} has no {MANIFEST}: it is not a folder that effllm wrote") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "task" not in manifest:
+        raise ArtifactError(f"{folder / MANIFEST} is not a manifest of effllm")
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{folder / MANIFEST} has format {manifest.get('format')!r}; this effllm reads format {FORMAT}"
+        )
+    return manifest
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write `effllm.json` with `content`, the versions, the machine, and the digest of every file in the folder."""
+    files = {
+        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    manifest = {
+        "format": FORMAT,
+        **content,
+        "versions": machine.versions(),
+        "machine": machine.describe(),
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Fail early when `target` cannot be written: it exists (without `force`), or its parent is not writable."""
+    if target.exists() and not force:
+        raise SettingError(f"{target} exists; choose another --out or pass --force to replace it")
+    if target.exists() and not target.is_dir():
+        raise SettingError(f"{target} is a file, not a folder; choose another --out")
+    if target.exists() and any(target.iterdir()) and not is_variant(target):
+        raise SettingError(f"{target} was not written by effllm, so --force does not replace it; choose another --out")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ArtifactError(f"cannot write to {parent}: no write permission")
+
+
+@contextlib.contextmanager
+def create(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; rename it to `target` when the block ends without an exception.
+
+    On an exception, Ctrl-C included, the temporary folder is removed and an existing `target` is untouched. A process
+    killed at any moment leaves `target` whole, absent, or (in the instant of a replacement) moved aside, from where the
+    next `create` restores it. Raises ArtifactError when the disk is full or not writable.
+    """
+    check_target(target, force=force)
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    check_target(target, force=force)
+    staging = Path(tempfile.mkdtemp(prefix=_prefix(target, "tmp"), dir=target.parent))
+    try:
+        staging.chmod(0o755)
+        yield staging
+        _sync(staging)
+        if target.exists():
+            aside = Path(tempfile.mkdtemp(prefix=_prefix(target, "old"), dir=target.parent))
+            target.rename(aside / target.name)
+            staging.rename(target)
+            shutil.rmtree(aside)
+        else:
+            staging.rename(target)
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}-"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what dead processes of this host left beside `target`, restoring a target that one had moved aside."""
+    host = socket.gethostname()
+    for kind in ("old", "tmp"):
+        for leftover in target.parent.glob(f".{target.name}.{kind}-{host}-*"):
+            pid = leftover.name.rsplit("-", 2)[1]
+            if pid.isdigit() and _alive(int(pid)):
+                continue
+            moved = leftover / target.name
+            if kind == "old" and moved.exists() and not target.exists():
+                moved.rename(target)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file of a folder to the disk, so that a rename never publishes an empty file after a power cut."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
