@@ -16,64 +16,73 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from effllm.compress import METHODS as METHODS
-    from effllm.compress import Int8 as Int8
-    from effllm.compress.pipeline import compress as compress
-    from effllm.compress.pipeline import export as export
+    from effllm.compression import METHODS, Int8
+    from effllm.compression.pipeline import compress, export
     from effllm.errors import (
-        ArtifactError as ArtifactError,
+        ArtifactError,
+        CheckFailed,
+        EffllmError,
+        GateFailed,
+        MissingExtra,
+        SettingError,
+        Unsupported,
     )
-    from effllm.errors import (
-        CheckFailed as CheckFailed,
-    )
-    from effllm.errors import (
-        EffllmError as EffllmError,
-    )
-    from effllm.errors import (
-        GateFailed as GateFailed,
-    )
-    from effllm.errors import (
-        MissingExtra as MissingExtra,
-    )
-    from effllm.errors import (
-        SettingError as SettingError,
-    )
-    from effllm.errors import (
-        Unsupported as Unsupported,
-    )
-    from effllm.rows import Row as Row
-    from effllm.runtime.predictor import Predictor as Predictor
-    from effllm.runtime.predictor import open_predictor as open
-    from effllm.tasks import TASKS as TASKS
-    from effllm.variant import Variant as Variant
+    from effllm.lineup import BenchSettings, bench
+    from effllm.rows import Row
+    from effllm.runtime.predictor import Predictor, open_predictor
+    from effllm.tasks import TASKS
+    from effllm.variant import Variant
 
-_PUBLIC = {
-    "METHODS": "effllm.compress:METHODS",
-    "Int8": "effllm.compress:Int8",
-    "compress": "effllm.compress.pipeline:compress",
-    "export": "effllm.compress.pipeline:export",
-    "open": "effllm.runtime.predictor:open_predictor",
-    "Predictor": "effllm.runtime.predictor:Predictor",
-    "Row": "effllm.rows:Row",
-    "TASKS": "effllm.tasks:TASKS",
-    "Variant": "effllm.variant:Variant",
-    "EffllmError": "effllm.errors:EffllmError",
-    "ArtifactError": "effllm.errors:ArtifactError",
-    "CheckFailed": "effllm.errors:CheckFailed",
-    "GateFailed": "effllm.errors:GateFailed",
-    "MissingExtra": "effllm.errors:MissingExtra",
-    "SettingError": "effllm.errors:SettingError",
-    "Unsupported": "effllm.errors:Unsupported",
+    open = open_predictor
+
+_HOMES = {
+    "effllm.compression": ("METHODS", "Int8"),
+    "effllm.compression.pipeline": ("compress", "export"),
+    "effllm.errors": (
+        "ArtifactError",
+        "CheckFailed",
+        "EffllmError",
+        "GateFailed",
+        "MissingExtra",
+        "SettingError",
+        "Unsupported",
+    ),
+    "effllm.lineup": ("BenchSettings", "bench"),
+    "effllm.rows": ("Row",),
+    "effllm.runtime.predictor": ("Predictor", "open_predictor"),
+    "effllm.tasks": ("TASKS",),
+    "effllm.variant": ("Variant",),
 }
+
 __version__ = "0.1.0"
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "METHODS",
+    "TASKS",
+    "ArtifactError",
+    "BenchSettings",
+    "CheckFailed",
+    "EffllmError",
+    "GateFailed",
+    "Int8",
+    "MissingExtra",
+    "Predictor",
+    "Row",
+    "SettingError",
+    "Unsupported",
+    "Variant",
+    "bench",
+    "compress",
+    "export",
+    "open",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'effllm' has no attribute {name!r}")
-    module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    wanted = "open_predictor" if name == "open" else name
+    for module, names in _HOMES.items():
+        if wanted in names and name in __all__:
+            return getattr(importlib.import_module(module), wanted)
+    raise AttributeError(f"module 'effllm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -48,7 +48,8 @@ class ModelFolder:
             # RoBERTa-style position ids start after the padding id.
             offset = (self.config.get("pad_token_id") or 0) + 1 if self._positions_after_padding else 0
             limits.append(positions - offset)
-        for name, key in (("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")):
+        files = {"tokenizer_config.json": "model_max_length", "sentence_bert_config.json": "max_seq_length"}
+        for name, key in files.items():
             value = read_json(self.path / name, {}).get(key)
             if isinstance(value, (int, float)) and 0 < value < 10**9:
                 limits.append(int(value))
@@ -81,7 +82,7 @@ def find(model: str | Path) -> Path:
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - half a second, needed for hub ids only
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))

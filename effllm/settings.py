@@ -1,7 +1,7 @@
 """A settings dataclass as text, as JSON and as help: one definition, three views.
 
-The text form is the one of the command line, `name:key=value,key=value`. A settings dataclass is frozen, its fields have
-defaults, and their types are `int`, `float`, `bool`, `str` or a `Literal` of strings; each field's help stands in
+The text form is the one of the command line, `name:key=value,key=value`. A settings dataclass is frozen, its fields
+have defaults, and their types are `int`, `float`, `bool`, `str` or a `Literal` of strings; each field's help stands in
 `field(metadata={"help": …})`. An unknown key is an error that names the nearest known one.
 """
 

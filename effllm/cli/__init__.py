@@ -69,14 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted; nothing was written", file=sys.stderr)
+        click.echo("interrupted; nothing was written", err=True)
         return 130
     except EffllmError as error:
         if isinstance(error, GateFailed):
             from effllm.cli.console import print_rows
 
             print_rows(error.rows)
-        print(f"error: {error}", file=sys.stderr)
+        click.echo(f"error: {error}", err=True)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()
@@ -84,5 +84,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """The console script."""
+    """Run as the console script."""
     raise SystemExit(main())

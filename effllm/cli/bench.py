@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from effllm.cli.options import COLUMNS, HTML, JSON, TASK
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from effllm.progress import Track
-    from effllm.rows import Row
-    from effllm.runtime.predictor import Predictor
-    from effllm.tasks import Example
 
 
 @click.command(
@@ -28,7 +18,7 @@ Examples:
 """
 )
 @click.argument("models", nargs=-1, required=True, metavar="MODEL…")
-@click.option("--data", metavar="FILE", help="Examples for quality (where labelled), agreement and the real length mix.")
+@click.option("--data", metavar="FILE", help="Examples for quality, agreement and the real length mix.")
 @TASK
 @COLUMNS
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --data.")
@@ -63,29 +53,38 @@ def bench(
 ) -> None:
     """Measure MODEL… against each other: quality, agreement, speed, size, memory.
 
-    A model folder with weights is run by torch in float32 and bfloat16 and, exported on the fly, by ONNX Runtime in
-    float32; a folder that effllm wrote is run as it is. Every system has its own warm process and the same threads; runs
+    A model folder with weights runs on torch in float32 and bfloat16 and, exported on the fly, on ONNX Runtime in
+    float32; a folder that effllm wrote runs as it is. Each system has its own warm process and the same threads; runs
     are interleaved. The first MODEL is the dense parent that the others are compared with.
     """
-    import tempfile
     from pathlib import Path
 
     from effllm.cli.console import print_rows, progress, say, write_html, write_json
-    from effllm.errors import SettingError
-    from effllm.measure.lineup import Settings, measure
+    from effllm.data.readers import parse_columns
+    from effllm.lineup import BenchSettings
+    from effllm.lineup import bench as run
 
-    settings = Settings(
+    settings = BenchSettings(
         data=Path(data) if data else None,
         task=task,
-        columns=columns,
+        columns=parse_columns(columns),
         limit=limit,
         threads=threads,
         tokens=_numbers("--tokens", tokens),
         batch_sizes=_numbers("--batch", batch_sizes),
         rounds=rounds,
+        engines=engines,
         min_agreement=min_agreement,
     )
-    raise SettingError("not reached")
+    with progress() as track:
+        rows = run(models, settings, track)
+    if json_file != "-":
+        print_rows(rows)
+    if json_file:
+        write_json(json_file, rows)
+    if html_file:
+        write_html(html_file, rows, " · ".join(Path(model).name for model in models))
+        say(f"wrote {html_file}")
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:

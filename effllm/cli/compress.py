@@ -26,8 +26,8 @@ Examples:
 )
 @OUT
 @TASK
-@click.option("--calib", metavar="FILE", help="Calibration texts (.txt, .jsonl, .csv, .tsv; .gz, .xz); no labels needed.")
-@click.option("--dev", metavar="FILE", help="Labelled examples for the gate; without them it is on agreement with dense.")
+@click.option("--calib", metavar="FILE", help="Calibration texts (.txt, .jsonl, .csv, .tsv); no labels needed.")
+@click.option("--dev", metavar="FILE", help="Labelled examples for the gate; without, it is on agreement.")
 @click.option("--dev-limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --dev.")
 @COLUMNS
 @click.option(
@@ -68,8 +68,8 @@ def compress(
 
     check_target(Path(out), force=force)
     from effllm.cli.console import print_rows, progress, say, write_html, write_json
-    from effllm.compress import parse_method
-    from effllm.compress.pipeline import compress as run
+    from effllm.compression import parse_method
+    from effllm.compression.pipeline import compress as run
     from effllm.data.readers import parse_columns
 
     method = parse_method(method_spec)

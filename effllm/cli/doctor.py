@@ -16,7 +16,8 @@ def doctor() -> None:
 
     isa = machine.instruction_set()
     click.echo(f"machine: {machine.describe()}")
-    click.echo(f"int8: {isa.name}, {'fast' if isa.vnni else 'no 8-bit dot product: int8 is hardly faster than float32'}")
+    speed = "fast" if isa.vnni else "no 8-bit dot product: int8 is hardly faster than float32"
+    click.echo(f"int8: {isa.name}, {speed}")
     click.echo(f"free disk here: {shutil.disk_usage('.').free / 1e9:.1f} GB")
     for package, version in machine.versions().items():
         click.echo(f"{package}: {version}")

@@ -21,8 +21,8 @@ Examples:
 def export(model: str, out: str, task: str | None, force: bool) -> None:
     """Export MODEL to ONNX in float32, checked against torch on six shapes.
 
-    The folder loads in ONNX Runtime, sentence-transformers, optimum-onnx, fastembed and transformers.js. A difference of
-    more than 1e-4 is exit code 3, and no folder.
+    The folder loads in ONNX Runtime, sentence-transformers, optimum-onnx, fastembed and transformers.js. A difference
+    of more than 1e-4 is exit code 3, and no folder.
     """
     from pathlib import Path
 
@@ -30,7 +30,7 @@ def export(model: str, out: str, task: str | None, force: bool) -> None:
 
     check_target(Path(out), force=force)
     from effllm.cli.console import print_rows, progress, say
-    from effllm.compress.pipeline import export as run
+    from effllm.compression.pipeline import export as run
 
     with progress() as track:
         variant = run(model, out, task=task, force=force, track=track)

@@ -25,7 +25,7 @@ def show(what: str) -> None:
 
 
 def _methods() -> None:
-    from effllm.compress import METHODS
+    from effllm.compression import METHODS
     from effllm.settings import describe
 
     for name, method in METHODS.items():

@@ -75,8 +75,8 @@ def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[s
                 )
             yield reader.line_num, dict(row)
         return
-    for number, line in enumerate(stream, start=1):
-        line = line.strip("\r\n")
+    for number, raw in enumerate(stream, start=1):
+        line = raw.strip("\r\n")
         if not line.strip():
             continue
         if kind == ".txt":

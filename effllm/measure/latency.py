@@ -138,17 +138,16 @@ def bench(
 ) -> list[Row]:
     """Time every system on every load and return the rows: latency or throughput, ratios, load time, memory.
 
-    Ratios are over `baseline`, from the rounds' pairs. Each load is repeated within a round until it took about 30 ms on
-    the slowest system, and a round counts its median.
+    Ratios are over `baseline`, from the rounds' pairs. Each load is repeated within a round until it took about 30 ms
+    on the slowest system, and a round counts its median.
     """
     workers: dict[str, Worker] = {}
     rows: list[Row] = []
     try:
         for system in track(systems, "loading", len(systems)):
             workers[system.name] = Worker(system)
-            rows.append(
-                Row("load time", workers[system.name].load_s, "s", system.name, how={"includes": "imports"}, machine=machine.describe())
-            )
+            seconds, where = workers[system.name].load_s, machine.describe()
+            rows.append(Row("load time", seconds, "s", system.name, how={"includes": "imports"}, machine=where))
         for load in loads:
             samples = _measure(workers, load, rounds, track)
             rows += _rows_of(load, samples, baseline, threads)
@@ -176,9 +175,7 @@ def _measure(
     return samples
 
 
-def _rows_of(
-    load: Load, samples: Mapping[str, list[list[list[float]]]], baseline: str, threads: int
-) -> Iterator[Row]:
+def _rows_of(load: Load, samples: Mapping[str, list[list[list[float]]]], baseline: str, threads: int) -> Iterator[Row]:
     how = {**load.how, "threads": threads}
     where = machine.describe()
     totals = {n: [float(np.median([sum(r) for r in rounds])) for rounds in samples[n]] for n in samples}

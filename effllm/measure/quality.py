@@ -15,6 +15,8 @@ from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.tasks import Example, Task
 
+NEIGHBOURS = 10
+
 
 class Answered(Protocol):
     """An answer with the raw outputs that it was made from."""
@@ -71,6 +73,8 @@ class Collected:
 class Comparison:
     """How a model (`other`) differs from its dense parent on the same examples.
 
+    `truncated` counts the examples that were cut to the model's length. `retrieval_overlap` is, for embeddings of single
+    texts, the share of each text's ten nearest neighbours among the others that both models agree on.
     `agreement` is the share of answers that are equal; for embeddings the mean cosine. `agreements` has one entry per
     example that was compared.
     """
@@ -84,6 +88,7 @@ class Comparison:
     agreements: np.ndarray
     largest_difference: float
     truncated: int
+    retrieval_overlap: float | None = None
 
     @property
     def labelled(self) -> bool:
@@ -134,6 +139,8 @@ class Comparison:
         values = {"cosine mean" if cosine else "agreement": self.agreement}
         if cosine:
             values["cosine min"] = float((self.agreements[:, 0] / self.agreements[:, 1]).min())
+            if self.retrieval_overlap is not None:
+                values["retrieval overlap"] = self.retrieval_overlap
         else:
             values["largest logit difference"] = self.largest_difference
         for metric, value in values.items():
@@ -170,9 +177,10 @@ def evaluate(model: Answerer, examples: Sequence[Example], data: str, track: Tra
     Raises SettingError when the task has no metric or no example has a reference answer.
     """
     if not model.task.metric:
-        raise SettingError(f"{model.task.name} has no metric of its own; use --task sentence-similarity with scored pairs")
+        raise SettingError(f"{model.task.name} has no metric; use --task sentence-similarity with scored pairs")
     collected = Collected()
-    for example, answer in zip(track(examples, f"evaluating {model.name}", len(examples)), model.answers(examples), strict=True):
+    pairs = zip(examples, model.answers(examples), strict=True)
+    for example, answer in track(pairs, f"evaluating {model.name}", len(examples)):
         collected.add(model.task, example, answer)
     if not collected.statistics:
         raise SettingError(f"{data} has no reference answers")
@@ -188,6 +196,7 @@ def compare(
     """
     task, first, second = dense.task, Collected(), Collected()
     agreements, largest = [], 0.0
+    vectors: list[tuple[np.ndarray, np.ndarray]] = []
     pairs = zip(examples, dense.answers(examples), other.answers(examples), strict=True)
     for example, a, b in track(pairs, f"comparing {other.name}", len(examples)):
         first.add(task, example, a)
@@ -195,13 +204,34 @@ def compare(
         agreed, total = task.agreement(example, a.value, b.value)
         if total:
             agreements.append((agreed, total))
+        if isinstance(a.value, np.ndarray):
+            vectors.append((a.value, b.value))
         for x, y in zip(a.outputs, b.outputs, strict=True):
             largest = max(largest, *(float(np.abs(x[name] - y[name]).max()) for name in task.outputs))
     if not agreements:
         raise SettingError(f"{data} has no examples to compare on")
     return Comparison(
-        task, dense.name, other.name, data, first.array, second.array, np.array(agreements), largest, second.truncated
+        task=task,
+        dense_name=dense.name,
+        name=other.name,
+        data=data,
+        dense=first.array,
+        other=second.array,
+        agreements=np.array(agreements),
+        largest_difference=largest,
+        truncated=second.truncated,
+        retrieval_overlap=_overlap(vectors) if len(vectors) > NEIGHBOURS else None,
     )
+
+
+def _overlap(vectors: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Return the mean share of the ten nearest neighbours, by cosine, that two sets of unit vectors have in common."""
+    neighbours = []
+    for matrix in (np.stack([a for a, _ in vectors]), np.stack([b for _, b in vectors])):
+        cosines = matrix.astype(np.float64) @ matrix.T.astype(np.float64)
+        np.fill_diagonal(cosines, -np.inf)
+        neighbours.append(np.argsort(-cosines, axis=1, kind="stable")[:, :NEIGHBOURS])
+    return float(np.mean([len(set(a) & set(b)) / NEIGHBOURS for a, b in zip(*neighbours, strict=True)]))
 
 
 @dataclass(frozen=True)
@@ -215,7 +245,8 @@ class BatchSpread:
 
     def row(self, system: str) -> Row:
         """Return the largest change as a row."""
-        return Row("batch spread", self.largest, self.unit, system, self.n, how={"role": "batch"}, machine=machine.describe())
+        where = machine.describe()
+        return Row("batch spread", self.largest, self.unit, system, self.n, how={"role": "batch"}, machine=where)
 
 
 def batch_spread(model: Answerer, examples: Sequence[Example], batch_size: int = 16) -> BatchSpread:

@@ -23,7 +23,7 @@ class OpenVinoEngine:
     def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:
         """Compile an ONNX file. Raises MissingExtra without OpenVINO, ArtifactError when the file does not load."""
         try:
-            import openvino
+            import openvino  # noqa: PLC0415 - an extra
         except ImportError:
             raise MissingExtra("openvino", "openvino", "the OpenVINO engine") from None
         if not path.is_file():

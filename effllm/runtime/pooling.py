@@ -39,9 +39,7 @@ def read_pooling(folder: Path) -> Pooling:
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
-            raise Unsupported(
-                f"{folder}: sentence-transformers module {kind!r} is not supported (Transformer, Pooling, Normalize are)"
-            )
+            raise Unsupported(f"{folder}: module {kind!r} is not supported (Transformer, Pooling and Normalize are)")
     return Pooling(mode, normalize, declared)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ class TorchEngine:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        names = model.forward.__code__.co_varnames
+        names = inspect.signature(model.forward).parameters
         self.inputs = tuple(n for n in ("input_ids", "attention_mask", "token_type_ids") if n in names)
 
     @classmethod
@@ -32,9 +33,7 @@ class TorchEngine:
         """Run one padded batch."""
         with torch.inference_mode():
             output = self._model(**{name: torch.from_numpy(feeds[name]) for name in self.inputs})
-        return {
-            name: value.float().numpy() for name, value in output.items() if isinstance(value, torch.Tensor)
-        }
+        return {name: value.float().numpy() for name, value in output.items() if isinstance(value, torch.Tensor)}
 
 
 class TorchBf16Engine(TorchEngine):

@@ -46,9 +46,7 @@ def best_span(start: np.ndarray, end: np.ndarray, allowed: Sequence[int]) -> tup
         return None
     starts = places[np.argsort(-start[places], kind="stable")[:N_BEST]]
     ends = places[np.argsort(-end[places], kind="stable")[:N_BEST]]
-    spans = [
-        (float(start[s] + end[e]), int(s), int(e)) for s in starts for e in ends if s <= e < s + MAX_ANSWER_TOKENS
-    ]
+    spans = [(float(start[s] + end[e]), int(s), int(e)) for s in starts for e in ends if s <= e < s + MAX_ANSWER_TOKENS]
     best = int(places[np.argmax(start[places])])
     return max(spans, key=lambda span: (span[0], -span[1]), default=(float(start[best] + end[best]), best, best))
 

@@ -1,4 +1,4 @@
-"""The quality gate: is the compressed model still right?"""
+"""The quality gate: whether a compressed model is still right."""
 
 from __future__ import annotations
 

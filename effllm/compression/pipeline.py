@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from effllm import machine
-from effllm.compress.method import Job, Method
+from effllm.compression.method import Job, Method
 from effllm.data.english import english_sentences
 from effllm.data.readers import read_examples
 from effllm.data.split import digest, sample, without
 from effllm.errors import CheckFailed, Unsupported
-from effllm.export.agree import Agreement, check_agreement
-from effllm.export.card import model_card
-from effllm.export.graph import EXTERNAL_DATA_BYTES, save_graph
-from effllm.export.layout import write_layout
-from effllm.export.onnx import OPSET, export_graph
-from effllm.export.source import Source, load_source
+from effllm.exporters.agree import Agreement, check_agreement
+from effllm.exporters.card import model_card
+from effllm.exporters.graph import EXTERNAL_DATA_BYTES, save_graph
+from effllm.exporters.layout import write_layout
+from effllm.exporters.onnx import OPSET, export_graph
+from effllm.exporters.source import Source, load_source
 from effllm.folder import ModelFolder, open_folder
 from effllm.progress import Track, silent
 from effllm.rows import Row
@@ -131,13 +131,16 @@ def compress(
         write_layout(source, staging)
         size = _size_row(staging, result.file_name, result.comparison.name)
         rows = [*result.rows, size, dataclasses.replace(size, system="dense", value=float(dense_bytes))]
+        if result.comparison.truncated:
+            cut = f"{result.comparison.truncated} of {len(texts.gate)} gate examples were cut"
+            texts.notes.append(f"{cut} to the model's {source.folder.max_length} tokens")
         step = {"verb": "compress", "method": method.name, "settings": to_json(method)}
         extra = {
             "parity": dataclasses.asdict(agreement),
             "batch_dependent": result.batch_dependent,
             "max_drop": max_drop,
-            "calibration": {"data": texts.calibration_data, "texts": len(texts.calibration), "sha256": digest(texts.calibration)},
-            "gate": {"data": texts.gate_data, "examples": len(texts.gate), "sha256": digest(texts.gate)},
+            "calibration": _data_entry(texts.calibration_data, texts.calibration),
+            "gate": _data_entry(texts.gate_data, texts.gate),
             "details": result.details,
         }
         _finish(source, staging, step, result.file_name, rows, [*texts.notes, *result.notes], extra)
@@ -208,6 +211,10 @@ def _texts(
     return Texts(calibration, calibration_data, gate, gate_data, notes)
 
 
+def _data_entry(name: str, examples: Sequence[Example]) -> dict[str, Any]:
+    return {"data": name, "examples": len(examples), "sha256": digest(examples)}
+
+
 def _labelled(
     source: Source,
     dev: str | Path | Sequence[Mapping[str, Any]] | None,
@@ -217,7 +224,8 @@ def _labelled(
     if dev is None:
         return [], ""
     if isinstance(dev, (str, Path)):
-        return read_examples(Path(dev), source.task, source.head, gold=True, columns=columns, limit=limit), Path(dev).name
+        examples = read_examples(Path(dev), source.task, source.head, gold=True, columns=columns, limit=limit)
+        return examples, Path(dev).name
     return [source.task.parse(record, source.head, gold=True) for record in dev][:limit], "examples given by the caller"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from effllm.compress.int8 import Int8
-from effllm.compress.method import Method
+from effllm.compression.int8 import Int8
+from effllm.compression.method import Method
 from effllm.errors import unknown_name
 from effllm.settings import build, split_spec
 

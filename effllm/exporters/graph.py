@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-
 FLOAT = TensorProto.FLOAT
 EXTERNAL_DATA_BYTES = 2_000_000_000
 """Graphs larger than this keep their weights beside the graph: protobuf ends at 2 GiB."""
@@ -94,8 +93,10 @@ def module_of(node: onnx.NodeProto) -> str:
 
 
 def save_graph(model: onnx.ModelProto, path: Path, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> list[str]:
-    """Write a graph; past `external_data_bytes` its weights go to `<name>_data` beside it, the name that other tools
-    fetch. Return the names of the files written."""
+    """Write a graph and return the names of the files written.
+
+    Past `external_data_bytes` its weights go to `<name>_data` beside it, the name that other tools fetch.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if model.ByteSize() <= external_data_bytes:
         path.write_bytes(model.SerializeToString())

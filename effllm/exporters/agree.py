@@ -1,4 +1,4 @@
-"""Does the written graph compute what the model computes?
+"""Whether a written graph computes what the model computes.
 
 Both run the same batches: one token, the longest input, ragged padding, an odd batch. Outputs are compared on real
 tokens only. The tolerance is 1e-4, times the largest reference value where that exceeds one: the two programs order
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from effllm.errors import CheckFailed
-from effllm.export.onnx import sample_inputs
-from effllm.export.source import Source
+from effllm.exporters.onnx import sample_inputs
+from effllm.exporters.source import Source
 from effllm.runtime.engine import Engine, open_engine
 
 TOLERANCE = 1e-4

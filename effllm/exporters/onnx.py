@@ -24,8 +24,8 @@ import torch
 from onnx_ir import serde
 from transformers.exporters import OnnxConfig, OnnxExporter
 
-from effllm.export.graph import Graph
-from effllm.export.source import Source
+from effllm.exporters.graph import Graph
+from effllm.exporters.source import Source
 
 OPSET = 20
 """The first opset with a Gelu operator; ONNX Runtime reads it from version 1.17 on."""
@@ -91,8 +91,10 @@ def _name_axes(model: onnx.ModelProto, source: Source) -> None:
 
 
 def _name_after_modules(graph: Graph) -> None:
-    """Name nodes `module/Op_n` and transposed weights `module.weight`; drop the exporter's notes, which hold source
-    paths of this machine."""
+    """Name nodes `module/Op_n` and transposed weights `module.weight_T`.
+
+    The exporter's notes go: they hold source paths of the exporting machine.
+    """
     renamed: dict[str, str] = {}
     counts: dict[str, int] = {}
     for node in graph.model.graph.node:

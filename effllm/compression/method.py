@@ -16,7 +16,7 @@ from effllm.runtime.tokenizer import TextTokenizer
 from effllm.tasks import Example
 
 if TYPE_CHECKING:
-    from effllm.export.source import Source
+    from effllm.exporters.source import Source
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,19 @@ import numpy as np
 import onnx
 
 from effllm import machine
-from effllm.compress.gate import judge
-from effllm.compress.grids import Grid, bias_shift, choose_grid
-from effllm.compress.method import Job, Result
-from effllm.compress.walk import Observed, observe
+from effllm.compression.gate import judge
+from effllm.compression.grids import Grid, bias_shift, choose_grid
+from effllm.compression.int8_graph import (
+    find_linears,
+    quantize_dynamic,
+    quantize_embeddings,
+    quantize_static,
+    shift_biases,
+)
+from effllm.compression.method import Job, Result
+from effllm.compression.walk import Observed, observe
 from effllm.errors import CheckFailed, GateFailed, SettingError
-from effllm.export.graph import Graph, module_of, save_graph
-from effllm.compress.int8_graph import find_linears, quantize_dynamic, quantize_embeddings, quantize_static, shift_biases
+from effllm.exporters.graph import Graph, module_of, save_graph
 from effllm.measure.clock import time_interleaved
 from effllm.measure.quality import BatchSpread, Comparison, batch_spread, compare
 from effllm.measure.statistics import median_interval, ratio_of_medians
@@ -41,7 +47,7 @@ from effllm.runtime.tokenizer import pad_batch
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 CLIPS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 INVARIANT = 1e-5
-"""The most that an answer of a batch-independent variant may change with its batch (1 - cosine, or share of a logit)."""
+"""The most that a batch-independent answer may change with its batch: 1 - cosine, or share of the largest logit."""
 FILE_NAME = "onnx/model_quantized.onnx"
 
 
@@ -53,7 +59,7 @@ class Int8:
     summary: ClassVar[str] = "8-bit weights and activations for ONNX Runtime; needs no training"
 
     activations: Literal["auto", "dynamic", "static"] = field(
-        default="auto", metadata={"help": "activation ranges: found at run time, constant, or the faster one that passes"}
+        default="auto", metadata={"help": "ranges found at run time, constant, or the faster of the two that passes"}
     )
     embeddings: bool = field(default=True, metadata={"help": "store embedding tables in int8, one scale per row"})
     smooth: float = field(
@@ -79,19 +85,19 @@ class Int8:
         forms = ("dynamic", "static") if self.activations == "auto" else (self.activations,)
         built = [self._build(form, job, observed, levels) for form in job.track(forms, "quantising", len(forms))]
         del dense_graph, observed
-        predictors = {c.form: job.predictor(c.file, c.form) for c in built}
+        predictors = {c.form: job.predictor(c.file, c.label) for c in built}
         dense = job.predictor(job.dense, "dense")
         judged = [self._judge(c, job, dense, predictors[c.form]) for c in built]
         rows = [row for c in judged for row in c.comparison.rows()]
         passing = [c for c in judged if c.passed]
         if not passing:
-            raise GateFailed("; ".join(f"{c.form} int8: {c.reason}" for c in judged), rows)
-        times = _latencies(job, {"dense": dense, **{c.form: predictors[c.form] for c in passing}})
+            raise GateFailed("; ".join(f"{c.label}: {c.reason}" for c in judged), rows)
+        times = _latencies(job, {"dense": dense, **{c.label: predictors[c.form] for c in passing}})
         chosen, choice = _fastest(passing, times)
         rows += [row for c in judged for row in c.spread_rows()] + _latency_rows(times, job.threads)
         notes = [
             f"{machine.instruction_set().name}: {why}",
-            *(f"{c.form}: {c.reason}{'' if c.passed else ' - dropped'}" for c in judged),
+            *(f"{c.label}: {c.reason}{'' if c.passed else '; dropped'}" for c in judged),
             choice,
         ]
         return Result(
@@ -105,8 +111,8 @@ class Int8:
     def _build(self, form: str, job: Job, observed: Mapping[str, Observed], levels: int) -> Candidate:
         """Write one form to disk."""
         graph = Graph(onnx.load(str(job.dense)))
-        # With run-time ranges, smoothing the FFN's inner activations widens the range more often than it narrows it, so
-        # dynamic smooths only where the gain is large.
+        # With run-time ranges, smoothing the FFN's inner activations widens the range more often than it narrows it,
+        # so dynamic smooths only where the gain is large.
         gain, clips = (self.smooth / 2, ()) if form == "dynamic" else (self.smooth, CLIPS)
         grids: dict[str, Grid] = {}
         shifts: dict[str, np.ndarray] = {}
@@ -138,7 +144,15 @@ class Int8:
         if dependent and built.form == "static":
             raise CheckFailed(f"static int8 is not batch-invariant: answers move by {spread.largest:.1e} {spread.unit}")
         return Judged(
-            built.form, built.file, built.layers, built.tables, comparison, verdict.passed, verdict.reason, spread, dependent
+            form=built.form,
+            file=built.file,
+            layers=built.layers,
+            tables=built.tables,
+            comparison=comparison,
+            passed=verdict.passed,
+            reason=verdict.reason,
+            spread=spread,
+            batch_dependent=dependent,
         )
 
 
@@ -150,6 +164,11 @@ class Candidate:
     file: Path
     layers: dict[str, dict[str, Any]]
     tables: list[str]
+
+    @property
+    def label(self) -> str:
+        """The candidate's name in tables."""
+        return f"int8 {self.form}"
 
 
 @dataclass(frozen=True)
@@ -165,8 +184,10 @@ class Judged(Candidate):
     def spread_rows(self) -> list[Row]:
         """Return the rows about batch neighbours."""
         return [
-            self.spread.row(self.form),
-            Row("batch dependent", float(self.batch_dependent), "flag", self.form, self.spread.n, how={"role": "batch"}),
+            self.spread.row(self.label),
+            Row(
+                "batch dependent", float(self.batch_dependent), "flag", self.label, self.spread.n, how={"role": "batch"}
+            ),
         ]
 
     def details(self, levels: int) -> dict[str, Any]:
@@ -198,7 +219,7 @@ def _output_scale(predictor: Predictor, examples: Any) -> float:
     if predictor.task.outputs == ("last_hidden_state",):
         return 1.0
     outputs = [o for answer in predictor.answers(examples) for o in answer.outputs]
-    return max(1.0, max(float(np.abs(o[name]).max()) for o in outputs for name in predictor.task.outputs))
+    return max([1.0, *(float(np.abs(o[name]).max()) for o in outputs for name in predictor.task.outputs)])
 
 
 def _latencies(job: Job, predictors: Mapping[str, Predictor]) -> dict[str, list[float]]:
@@ -218,18 +239,18 @@ def _latencies(job: Job, predictors: Mapping[str, Predictor]) -> dict[str, list[
 
 def _fastest(passing: list[Judged], times: Mapping[str, list[float]]) -> tuple[Judged, str]:
     """Return the candidate to keep and the sentence that says why."""
-    ranked = sorted(passing, key=lambda c: float(np.median(times[c.form])))
+    ranked = sorted(passing, key=lambda c: float(np.median(times[c.label])))
     best = ranked[0]
     for other in ranked[1:]:
-        ratio, low, _ = ratio_of_medians(times[other.form], times[best.form])
+        ratio, low, _ = ratio_of_medians(times[other.label], times[best.label])
         if best.batch_dependent and not other.batch_dependent and low <= 1.0:
             return other, (
-                f"chosen: {other.form}; its time is {ratio:.2f} of {best.form}'s, which is within the noise, and its "
+                f"chosen: {other.label}; its time is {ratio:.2f} of {best.label}'s, within the noise, and its "
                 "answers do not depend on their batch"
             )
     if len(ranked) == 1:
-        return best, f"chosen: {best.form}, the only form that was asked for or passed"
-    return best, f"chosen: {best.form}, measured fastest here; {ranked[1].form} takes {ratio:.2f} of its time"
+        return best, f"chosen: {best.label}, the only form that was asked for and passed"
+    return best, f"chosen: {best.label}, measured fastest here; {ranked[1].label} takes {ratio:.2f} of its time"
 
 
 def _latency_rows(times: Mapping[str, list[float]], threads: int) -> list[Row]:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from effllm.export.source import Source
+from effllm.exporters.source import Source
 from effllm.folder import read_json
 from effllm.runtime.pooling import MODE_KEYS, Pooling, read_pooling
 

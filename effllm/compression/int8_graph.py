@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from effllm.compress.grids import Grid, quantize_weight
-from effllm.export.graph import FLOAT, Graph, module_of, node
+from effllm.compression.grids import Grid, quantize_weight
+from effllm.exporters.graph import FLOAT, Graph, module_of, node
 
 IN_STACK = re.compile(r"(^|\.)\d+(\.|$)")
 """A module inside the encoder's list of layers has the layer's number in its path; heads and poolers have none."""
@@ -44,9 +44,9 @@ def find_linears(graph: Graph) -> list[Linears]:
     """Return the linear layers of the encoder's layer stack, grouped by the value they read."""
     groups: dict[str, list[onnx.NodeProto]] = {}
     for n in graph.nodes:
-        if n.op_type == "MatMul" and graph.is_constant(n.input[1]) and len(graph.shape(n.input[1])) == 2:
-            if IN_STACK.search(module_of(n)):
-                groups.setdefault(n.input[0], []).append(n)
+        by_weight = n.op_type == "MatMul" and graph.is_constant(n.input[1]) and len(graph.shape(n.input[1])) == 2
+        if by_weight and IN_STACK.search(module_of(n)):
+            groups.setdefault(n.input[0], []).append(n)
     return [Linears(value, tuple(nodes)) for value, nodes in groups.items()]
 
 
@@ -81,8 +81,8 @@ def quantize_static(graph: Graph, grids: Mapping[str, Grid], levels: int) -> Non
         ]
 
     def quantise(x: str, grid: Grid) -> list[onnx.NodeProto]:
-        scale = graph.set_constant(f"{x}_scale", np.float32(grid.range.scale))
-        zero = graph.set_constant(f"{x}_zero", np.uint8(grid.range.zero_point))
+        scale = graph.set_constant(f"{x}_scale", np.array(grid.range.scale, np.float32))
+        zero = graph.set_constant(f"{x}_zero", np.array(grid.range.zero_point, np.uint8))
         return [
             node("QuantizeLinear", [x, scale, zero], [f"{x}_q"], f"{x}/QuantizeLinear"),
             node("DequantizeLinear", [f"{x}_q", scale, zero], [f"{x}_dq"], f"{x}/DequantizeLinear"),

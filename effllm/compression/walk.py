@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from effllm.export.graph import save_graph
+from effllm.exporters.graph import save_graph
 from effllm.progress import Track
 from effllm.runtime.ort import OrtEngine
 from effllm.runtime.tokenizer import Encoding, pad_batch
@@ -25,7 +25,7 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen of one value: a sample of its token rows (rows, width), and per channel the extremes of all rows."""
+    """What was seen of one value: a sample of its token rows (rows, width), and each channel's extremes over all."""
 
     rows: np.ndarray
     low: np.ndarray

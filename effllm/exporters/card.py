@@ -48,7 +48,7 @@ def model_card(content: Mapping[str, Any], folder: ModelFolder) -> str:
         ]
     rows = [Row(**row) for row in content["rows"]]
     lines += ["## Measured", "", markdown_table(rows), ""]
-    lines += ["## Load", "", "```python", "import effllm", "model = effllm.open(\".\")", "```", ""]
+    lines += ["## Load", "", "```python", "import effllm", 'model = effllm.open(".")', "```", ""]
     file = content["model_file"]
     if embeds:
         lines += [

@@ -1,0 +1,191 @@
+"""What `bench` measures: the systems that each model gives, their quality first, then their speed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from effllm import machine
+from effllm.data.english import english_sentences
+from effllm.data.readers import read_examples
+from effllm.data.split import sample
+from effllm.errors import CheckFailed, SettingError
+from effllm.folder import open_folder
+from effllm.measure.latency import Load, System
+from effllm.measure.latency import bench as bench_systems
+from effllm.measure.quality import batch_spread, compare, quality_row
+from effllm.progress import Track, silent
+from effllm.rows import Row
+from effllm.runtime.engine import open_engine
+from effllm.runtime.predictor import Predictor
+from effllm.runtime.tokenizer import Encoding, pad_batch
+from effllm.tasks import Example, Task, task_of
+from effllm.variant import Variant, is_variant
+
+DENSE = "onnxruntime fp32"
+MIX_TEXTS = 64
+AGREEMENT_TEXTS = 200
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """How to bench; the flags of `effllm bench`."""
+
+    data: Path | None = None
+    task: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    threads: int = 1
+    tokens: tuple[int, ...] = (16, 64, 128)
+    batch_sizes: tuple[int, ...] = (1, 16)
+    rounds: int = 11
+    engines: tuple[str, ...] = ()
+    min_agreement: float = 0.9
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One system: its label, the folder that it answers from, and the engine and file that run it."""
+
+    name: str
+    folder: Path
+    engine: str
+    file: Path
+    task: Task
+
+    def predictor(self, threads: int) -> Predictor:
+        """Load the system to answer."""
+        relative = None if self.engine.startswith("torch") else self.file.relative_to(self.folder).as_posix()
+        return Predictor.open(
+            self.folder, task=self.task.name, engine=self.engine, file=relative, threads=threads, name=self.name
+        )
+
+    def system(self, threads: int) -> System:
+        """Return what opens the system in a process of its own."""
+        opener = partial(open_engine, self.engine, self.file, auto_class=self.task.auto_class, threads=threads)
+        return System(self.name, opener)
+
+
+def bench(models: Sequence[str | Path], settings: BenchSettings | None = None, track: Track = silent) -> list[Row]:
+    """Measure models against each other and return the rows.
+
+    A folder with weights runs on torch in float32 and bfloat16 and, exported on the fly, on ONNX Runtime in float32; a
+    folder that effllm wrote runs as it is. All are compared with the first model's float32 form.
+
+    Raises CheckFailed, before anything is timed, when a system agrees less than `min_agreement` with the dense model.
+    """
+    settings = settings or BenchSettings()
+    with tempfile.TemporaryDirectory(prefix="effllm-bench-") as scratch:
+        entrants = _entrants(models, settings, Path(scratch), track)
+        rows = [row for entrant in entrants for row in _size_rows(entrant)]
+        examples, data = _examples(entrants[0], settings)
+        rows += _quality(entrants, examples, data, settings, track)
+        encodings = [e for group in entrants[0].predictor(1).encode(examples[:MIX_TEXTS]) for e in group]
+        loads = _loads(entrants[0], encodings, data, settings)
+        systems = [entrant.system(settings.threads) for entrant in entrants]
+        names = [entrant.name for entrant in entrants]
+        baseline = DENSE if DENSE in names else names[0]
+        rows += bench_systems(
+            systems, loads, baseline=baseline, threads=settings.threads, rounds=settings.rounds, track=track
+        )
+    return rows
+
+
+def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Path, track: Track) -> list[Entrant]:
+    from effllm.compression.pipeline import export  # noqa: PLC0415 - loads torch, which ONNX folders do not need
+
+    entrants: list[Entrant] = []
+    for model in models:
+        folder = open_folder(model, weights=False)
+        variant = Variant.open(folder.path) if is_variant(folder.path) else None
+        task = task_of(folder, settings.task or (variant.task if variant else None))
+        if variant and "model_file" in variant.manifest:
+            file = folder.path / str(variant.manifest["model_file"])
+            name = folder.path.name if folder.path.name not in {e.name for e in entrants} else str(folder.path)
+            entrants.append(Entrant(name, folder.path, "onnxruntime", file, task))
+            entrants += [Entrant(f"{name} {e}", folder.path, e, file, task) for e in settings.engines]
+            continue
+        folder = open_folder(model)
+        prefix = "" if not entrants else f"{folder.path.name} "
+        for engine, label in (("torch", "torch fp32"), ("torch-bf16", "torch bf16")):
+            entrants.append(Entrant(f"{prefix}{label}", folder.path, engine, folder.path, task))
+        out = scratch / f"dense-{len(entrants)}"
+        export(folder.path, out, task=task.name, track=track)
+        file = out / "onnx" / "model.onnx"
+        entrants.append(Entrant(f"{prefix}{DENSE}", out, "onnxruntime", file, task))
+        entrants += [Entrant(f"{prefix}{e} fp32", out, e, file, task) for e in settings.engines]
+    return entrants
+
+
+def _size_rows(entrant: Entrant) -> list[Row]:
+    if entrant.engine.startswith("torch"):
+        files = list(entrant.file.glob("*.safetensors"))
+    else:
+        files = [f for f in (entrant.file, entrant.file.with_name(f"{entrant.file.name}_data")) if f.is_file()]
+    return [Row("model size", float(sum(f.stat().st_size for f in files)), "bytes", entrant.name)]
+
+
+def _examples(first: Entrant, settings: BenchSettings) -> tuple[list[Example], str]:
+    """Return the examples to compare on: labelled where the data is, else texts."""
+    predictor = first.predictor(1)
+    task, head = first.task, predictor.head
+    if settings.data is None:
+        return sample(task.unlabelled(english_sentences(), head), AGREEMENT_TEXTS, 0), "English sentences"
+    try:
+        gold = bool(task.metric)
+        examples = read_examples(settings.data, task, head, gold=gold, columns=settings.columns, limit=settings.limit)
+    except SettingError:
+        if not task.metric:
+            raise
+        examples = read_examples(settings.data, task, head, gold=False, columns=settings.columns, limit=settings.limit)
+    if not task.metric:
+        examples = sample(examples, AGREEMENT_TEXTS, 0)
+    return examples, settings.data.name
+
+
+def _quality(
+    entrants: Sequence[Entrant], examples: Sequence[Example], data: str, settings: BenchSettings, track: Track
+) -> list[Row]:
+    """Compare every system with the dense one. Raises CheckFailed when one is too far off."""
+    threads = machine.usable_cores()
+    reference = next((e for e in entrants if e.name == DENSE), entrants[0])
+    dense = reference.predictor(threads)
+    rows: list[Row] = []
+    for entrant in entrants:
+        if entrant is reference:
+            continue
+        other = entrant.predictor(threads)
+        comparison = compare(dense, other, examples, data, track)
+        if comparison.agreement < settings.min_agreement:
+            raise CheckFailed(
+                f"{entrant.name} agrees with {reference.name} on only {comparison.agreement:.1%} of {data} "
+                f"(at least {settings.min_agreement:.0%} is wanted); it is not timed"
+            )
+        if comparison.labelled and not any(row.system == reference.name for row in rows):
+            rows.append(quality_row(entrant.task, comparison.dense, reference.name, data))
+        rows += [row for row in comparison.rows() if row.system == entrant.name]
+        if other.batch_dependent:
+            spread = batch_spread(other, examples[:64])
+            rows.append(spread.row(entrant.name))
+            rows.append(Row("batch dependent", 1.0, "flag", entrant.name, spread.n, how={"role": "batch"}))
+    return rows
+
+
+def _loads(first: Entrant, encodings: Sequence[Encoding], data: str, settings: BenchSettings) -> list[Load]:
+    folder = open_folder(first.folder, weights=False)
+    vocabulary, longest = int(folder.config["vocab_size"]), folder.max_length
+    rng = np.random.default_rng(0)
+    loads = []
+    for batch in settings.batch_sizes:
+        for tokens in sorted({min(t, longest) for t in settings.tokens}):
+            ids = rng.integers(min(1000, vocabulary // 2), vocabulary, (batch, tokens)).astype(np.int64)
+            feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+            loads.append(Load({"batch": batch, "tokens": tokens}, [feeds]))
+    mix = [pad_batch([encoding], 0) for encoding in encodings]
+    loads.append(Load({"batch": 1, "tokens": "mix", "data": data}, mix))
+    return loads
