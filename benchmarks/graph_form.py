@@ -1,4 +1,4 @@
-"""Which form of the exported graph do ONNX Runtime's CPU kernels run fastest?
+"""Which form of the exported graph ONNX Runtime's CPU kernels run fastest.
 
     python benchmarks/graph_form.py
 

@@ -40,6 +40,10 @@ class MissingExtra(EffllmError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package!r}: pip install 'effllm[{extra}]'")
+        self._parts = (package, extra, purpose)
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str, str]]:
+        return type(self), self._parts  # worker processes send errors home
 
 
 class Unsupported(EffllmError):
@@ -63,6 +67,9 @@ class GateFailed(EffllmError):
     def __init__(self, message: str, rows: list[Row]) -> None:
         super().__init__(message)
         self.rows = rows
+
+    def __reduce__(self) -> tuple[type[GateFailed], tuple[str, list[Row]]]:
+        return type(self), (str(self), self.rows)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> SettingError:

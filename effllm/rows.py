@@ -45,6 +45,24 @@ class Row:
         """Return the row as a JSON object without its empty fields."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "", {})}
 
+    @classmethod
+    def from_json(cls, value: Any) -> Row:
+        """Make a row from what `to_json` gave. Raises ValueError when it is not a row."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or not set(value) <= known:
+            raise ValueError("unknown fields")
+        try:
+            row = cls(**value)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        texts = (row.metric, row.unit, row.system, row.machine, row.at)
+        numbers = (row.value, row.n, *(bound for bound in (row.low, row.high) if bound is not None))
+        if not all(isinstance(t, str) for t in texts) or not isinstance(row.how, dict):
+            raise ValueError("a field that should be text is not")
+        if not all(isinstance(n, (int, float)) for n in numbers):
+            raise ValueError("a field that should be a number is not")
+        return row
+
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as JSON lines, replacing `path` only when all of them are written."""
@@ -56,19 +74,16 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Read the rows of a JSON-lines file. Raises ArtifactError naming the line that is not a row."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("
+")  # splitlines would also split at U+2028 inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"cannot read rows from {path}: {error}") from None
-    known = {f.name for f in dataclasses.fields(Row)}
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-            if not isinstance(value, dict) or not set(value) <= known:
-                raise TypeError("unknown fields")
-            rows.append(Row(**value))
-        except (TypeError, ValueError) as error:
+            rows.append(Row.from_json(json.loads(line)))
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{path}:{number} is not a row of measurements: {error}") from None
     return rows

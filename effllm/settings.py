@@ -8,6 +8,7 @@ have defaults, and their types are `int`, `float`, `bool`, `str` or a `Literal` 
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
@@ -22,12 +23,12 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     name, _, rest = spec.partition(":")
     settings: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
+        key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise SettingError(f"{spec!r}: expected key=value, got {item!r}")
         if key in settings:
             raise SettingError(f"{spec!r}: {key!r} is given twice")
-        settings[key.strip()] = value.strip()
+        settings[key] = value
     return name.strip(), settings
 
 
@@ -59,11 +60,24 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return False
         raise SettingError(f"{where} must be true or false, got {value!r}")
     if kind in (int, float, str):
-        try:
-            return kind(value)
-        except ValueError:
-            raise SettingError(f"{where} must be {_type_name(kind)}, got {value!r}") from None
+        converted = _scalar(value, kind)
+        if converted is None:
+            raise SettingError(f"{where} must be {_type_name(kind)}, got {value!r}")
+        return converted
     raise TypeError(f"{where}: settings of type {kind} are not supported")
+
+
+def _scalar(value: Any, kind: Any) -> Any:
+    """Return `value` as `kind`, or None where it does not fit without loss or is not finite."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    try:
+        converted = kind(value)
+    except (ValueError, OverflowError):
+        return None
+    lossless = isinstance(value, str) or converted == value
+    finite = kind is not float or math.isfinite(converted)
+    return converted if lossless and finite else None
 
 
 def _type_name(kind: Any) -> str:

@@ -212,7 +212,7 @@ def test_a_wrong_graph_is_caught_and_nothing_is_written(
 
     real = pipeline.export_graph
     monkeypatch.setattr(pipeline, "export_graph", corrupt)
-    with pytest.raises(effllm.CheckFailed, match="logits of batch 1 × 1 tokens|logits of batch"):
+    with pytest.raises(effllm.CheckFailed, match="logits of batch"):
         effllm.export(classifier, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

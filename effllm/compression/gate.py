@@ -24,8 +24,13 @@ def judge(comparison: Comparison, max_drop: float) -> Verdict:
     """
     drop = comparison.drop
     if comparison.labelled:
-        what = f"{comparison.task.metric} drop {drop:+.2%} of dense"
+        what = f"{comparison.task.metric} drop {_percent(drop)} of dense"
     else:
-        what = f"disagreement with dense {drop:.2%} (no labelled data was given)"
+        what = f"disagreement with dense {_percent(drop)} (no labelled data was given)"
     passed = drop <= max_drop
-    return Verdict(passed, drop, f"{what}, {'within' if passed else 'more than'} the allowed {max_drop:.2%}")
+    return Verdict(passed, drop, f"{what}, {'within' if passed else 'more than'} the allowed {_percent(max_drop)}")
+
+
+def _percent(share: float) -> str:
+    """Return a share in percent with at least one significant digit."""
+    return f"{share:.2%}" if abs(share) >= 5e-5 or share == 0 else f"{share * 100:.1g}%"

@@ -73,8 +73,8 @@ class Collected:
 class Comparison:
     """How a model (`other`) differs from its dense parent on the same examples.
 
-    `truncated` counts the examples that were cut to the model's length. `retrieval_overlap` is, for embeddings of single
-    texts, the share of each text's ten nearest neighbours among the others that both models agree on.
+    `truncated` counts the examples that were cut to the model's length. `retrieval_overlap` is, for embeddings of
+    single texts, the share of each text's ten nearest neighbours among the others that both models agree on.
     `agreement` is the share of answers that are equal; for embeddings the mean cosine. `agreements` has one entry per
     example that was compared.
     """

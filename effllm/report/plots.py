@@ -24,6 +24,7 @@ from effllm.rows import Row
 WIDE = 860
 NARROW = 380
 _LEFT, _TOP, _BOTTOM = 66, 12, 48
+_LABEL_LIMIT = 34
 _BYTE_STEPS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
 
@@ -123,7 +124,7 @@ def _draw_quality(measured: Measured, points: Sequence[_Point], width: int) -> s
             canvas.line(px, y.at(point.y.low), px, y.at(point.y.high), "whisker")
             obstacles.append(Box(px - 1, y.at(point.y.high), px + 1, y.at(point.y.low)))
     anchors = [(x.at(point.x.value), y.at(point.y.value)) for point in points]
-    labels = [text.shorten(measured.label(point.system), 36 if width == WIDE else 26) for point in points]
+    labels = [text.shorten(measured.label(point.system), _LABEL_LIMIT) for point in points]
     frame = Box(_LEFT, _TOP, width - 4, height - _BOTTOM)
     boxes = place_labels(anchors, [text_width(label) for label in labels], frame, obstacles)
     for point, (px, py), label, box in zip(points, anchors, labels, boxes, strict=True):
@@ -174,12 +175,10 @@ def _draw_sizes(measured: Measured, rows: Sequence[Row], name: str, width: int) 
     remarks = [_size_remark(measured, row, rows) for row in rows]
     largest = max(row.value for row in rows)
     divisor, unit = next((step for step in _BYTE_STEPS if largest >= step[0]), _BYTE_STEPS[-1])
-    remark_width = max(text_width(remark) for remark in remarks)
     beside = width == WIDE
-    limit = 40 if beside else max(12, int((width - 32 - remark_width) / text_width("x")))
-    labels = [text.shorten(measured.label(row.system), limit) for row in rows]
+    labels = [text.shorten(measured.label(row.system), _LABEL_LIMIT) for row in rows]
     left = 16 + max(text_width(label) for label in labels) if beside else 8
-    right = width - 16 - (remark_width if beside else 0)
+    right = width - 16 - (max(text_width(remark) for remark in remarks) if beside else 0)
     step = 30 if beside else 46
     bottom = _TOP + step * len(rows)
     x = Scale.over([0.0, largest / divisor], left, right, zero=True)
@@ -200,7 +199,7 @@ def _draw_sizes(measured: Measured, rows: Sequence[Row], name: str, width: int) 
             canvas.text(x.start + length + 6, top + 13, remark, "remark")
         else:
             canvas.text(left, top - 5, label, "label")
-            canvas.text(right, top - 5, remark, "remark", "end")
+            canvas.text(right, top - 5, text.size(row.value), "remark", "end")
     canvas.begin("axes")
     canvas.line(x.start, _TOP, x.start, bottom, "axis")
     return str(canvas)
@@ -235,7 +234,7 @@ def _length_figures(measured: Measured) -> list[Figure]:
 
 def _draw_lengths(measured: Measured, rows: Sequence[Row], width: int) -> str:
     systems = [system for system in measured.systems if any(row.system == system for row in rows)]
-    labels = [text.shorten(measured.label(system), 30 if width == WIDE else 40) for system in systems]
+    labels = [text.shorten(measured.label(system), _LABEL_LIMIT) for system in systems]
     right = width - 26 - max(text_width(label) for label in labels) if width == WIDE else width - 12
     legend = 0 if width == WIDE else 12 + 20 * len(systems)
     height = max(360, LINE_HEIGHT * len(systems) + _TOP + _BOTTOM) + legend

@@ -23,6 +23,10 @@ _SHAPES = (
     "M0,6 L5.5,-4 H-5.5 Z",
 )
 """Marker outlines around (0, 0). Their number is coprime to `COLOURS`, so 35 systems look different."""
+_DIRECTIONS = (
+    *((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)),
+    *((0.5, -1), (0.5, 1), (-0.5, -1), (-0.5, 1), (1, -0.5), (1, 0.5), (-1, -0.5), (-1, 0.5)),
+)
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,7 @@ def _candidates(x: float, y: float, width: float) -> list[tuple[float, Box]]:
     half = LINE_HEIGHT / 2
     found = []
     for ring, distance in enumerate((9, 16, 26, 38, 52, 68, 86, 106, 130, 160, 200, 250)):
-        for order, (dx, dy) in enumerate(
-            ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1), (0.5, -1), (0.5, 1))
-        ):
+        for order, (dx, dy) in enumerate(_DIRECTIONS):
             left = x + dx * distance - (width / 2 if dx == 0 else width if dx < 0 else 0)
             top = y + dy * distance - (half if dy == 0 else LINE_HEIGHT if dy < 0 else 0)
             found.append((distance + order * 0.5 + ring, Box(left, top, left + width, top + LINE_HEIGHT)))
