@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import re
@@ -13,7 +14,7 @@ from rich.console import Console
 from effllm.report import html_page, markdown_table, terminal_table, text
 from effllm.report.measured import Measured, newest_rows
 from effllm.report.plots import pareto_front
-from effllm.report.svg import Box, Scale, place_labels, spread, tick_texts
+from effllm.report.svg import Box, Scale, place_labels, spread, text_width, tick_texts
 from effllm.report.tables import all_tables
 from effllm.rows import Row
 
@@ -90,9 +91,6 @@ def texts(svg, name):
     return [e.text for e in svg.iter("{http://www.w3.org/2000/svg}text") if e.get("class") == name]
 
 
-# --- which rows ---------------------------------------------------------------------------------------------------
-
-
 def test_newest_row_wins_whatever_its_place_in_the_file():
     old, new = "2026-03-01T10:00:00+00:00", "2026-03-01T10:30:00+00:00"
     for order in ([old, new], [new, old]):
@@ -109,6 +107,8 @@ def test_newest_compares_moments_not_text():
         row("m", 2.0, "x", "a", at="2026-03-02T01:00:00+00:00"),
     ]
     assert [r.value for r in newest_rows(rows)] == [1.0]
+    rows.append(row("m", 3.0, "x", "a", at="2026-03-02T05:00:00"))  # no time zone: taken as UTC
+    assert [r.value for r in newest_rows(rows)] == [3.0]
 
 
 def test_order_of_conditions_does_not_matter_but_machine_and_values_do():
@@ -146,9 +146,6 @@ def test_two_machines_are_not_mixed():
     assert "machine 1, n = 11**\n\n| system | p50, ms |\n| --- | ---: |\n| a | 1.11 |" in page
     assert "machine 2, n = 11**\n\n| system | p50, ms |\n| --- | ---: |\n| a | 2.22 |" in page
     assert "Machine 2: CPU two" in page
-
-
-# --- honest words ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -202,9 +199,6 @@ def test_sizes_are_compared_with_dense_onnxruntime_not_with_the_first_system():
     assert "90.4 MB baseline" in markdown
 
 
-# --- robust ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stream", STREAMS)
 def test_nothing_measured(stream):
     assert "Nothing was measured." in printed(stream, [])
@@ -225,6 +219,8 @@ def test_unknown_metric_is_shown(stream):
     [
         rows_of("alone", 3.0, 0.8, 1000),
         [r for name in "abcdef" for r in rows_of(name, 3.0, 0.8, 1000)],
+        [dataclasses.replace(r, low=None, high=None) for name in "ab" for r in rows_of(name, 3.0, 0.8, 1000)],
+        [dataclasses.replace(r, low=float("nan"), high=float("inf")) for r in rows_of("a", 3.0, 0.8, 1000)],
         [r for name in "ab" for r in rows_of(name, 3.0, 0.0, 0)],
         [row(metric, 0.0, "ms", "a", how=LOAD) for metric in ("latency p50", "throughput", "speed-up")],
         [row("spearman", -0.2, "absolute", "a", how={"role": "quality"})],
@@ -232,10 +228,21 @@ def test_unknown_metric_is_shown(stream):
             row("latency p50", 1.0, "ms", "a"),
             row("throughput", 1e-9, "texts/s", "a", how={"batch": None, "tokens": [1]}),
         ],
-        [row("speed-up", 1.0, "x", "a", low=float("nan"), high=float("inf")), row("agreement", 1.0, "share", "a")],
+        [row("speed-up", 1.0, "x", "a"), row("agreement", 1.0, "share", "a")],
         [row("agreement", 1.0, "share", "", how={"role": "agreement"}, at="yesterday")],
     ],
-    ids=["single system", "identical", "zero", "zero times", "negative", "odd conditions", "not finite", "no names"],
+    ids=[
+        "single",
+        "identical",
+        "no intervals",
+        "not finite",
+        "zero",
+        "zero times",
+        "negative",
+        "odd conditions",
+        "no conditions",
+        "no names",
+    ],
 )
 def test_degenerate_rows_are_shown(stream, rows):
     assert printed(stream, rows).strip()
@@ -269,9 +276,6 @@ def test_terminal_shows_whole_names_and_numbers_in_80_columns():
         assert len(re.findall(rf"^{re.escape(name)} ", shown, flags=re.MULTILINE)) >= 4
 
 
-# --- escaping -------------------------------------------------------------------------------------------------------
-
-
 def evil_rows():
     rows = [r for name, values in SYSTEMS.items() for r in rows_of(name + EVIL, *values)]
     how = {"role": "quality", "data": EVIL}
@@ -293,8 +297,6 @@ def test_markdown_escapes_pipes_and_markup():
     assert "| a\\|b &lt;i&gt; \\`c\\` \\_d\\_ snake_case | 1.00 |" in markdown
     assert "m\\|n (k x\\|y)" in markdown
     tables = [line for line in markdown_table(evil_rows()).splitlines() if line.startswith("|")]
-    for table in itertools.groupby(tables, key=lambda line: line.startswith("| system")):
-        assert table
     pipes = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
     headers = [line.startswith("| system") for line in tables]
     expected = 0
@@ -307,9 +309,6 @@ def test_terminal_neither_reads_markup_nor_passes_escape_codes():
     shown = terminal([row("m", 1.0, "u", "a[red]b[/red]\x1b[31m", how=LOAD)])
     assert "a[red]b[/red]" in shown
     assert "\x1b" not in shown
-
-
-# --- the page -------------------------------------------------------------------------------------------------------
 
 
 def test_page_is_self_contained():
@@ -341,6 +340,11 @@ def test_plots_are_labelled_well_formed_svg():
         assert svg[0].tag.endswith("title")
         assert sorted(texts(svg, "label")) == sorted(SYSTEMS)
         width, height = (float(part) for part in svg.get("viewBox").split()[2:])
+        for element in svg.iter("{http://www.w3.org/2000/svg}text"):
+            if element.get("transform") is None:
+                before = {"start": 0.0, "middle": 0.5, "end": 1.0}[element.get("text-anchor")]
+                left = float(element.get("x")) - before * text_width(element.text)
+                assert -1 <= left <= left + text_width(element.text) <= width + 1, element.text
         for element in svg.iter():
             for name, limit in (
                 ("x", width),
@@ -375,9 +379,6 @@ def test_pareto_front():
     assert pareto_front([]) == []
 
 
-# --- drawing --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("count", [2, 8, 14])
 def test_labels_do_not_overlap(count):
     frame = Box(0, 0, 800, 380)
@@ -398,6 +399,7 @@ def test_spread_keeps_order_gap_and_bounds():
     assert min(b - a for a, b in itertools.pairwise(sorted(placed))) >= 10
     assert 0 <= min(placed) <= max(placed) <= 100
     assert spread([5, 80], 10, 0, 100) == [5, 80]
+    assert spread([0, 1, 2], 10, 0, 100) == [0, 10, 20]
 
 
 @pytest.mark.parametrize(
@@ -431,14 +433,14 @@ def test_bars_start_at_zero_and_are_proportional():
         assert bar / bars[0] == pytest.approx(size / sizes[0], abs=0.002)
 
 
-# --- numbers as text ------------------------------------------------------------------------------------------------
-
-
 def test_numbers():
     assert text.size(22_700_000) == "22.7 MB"
     assert text.size(999_999) == "1.00 MB"
     assert text.size(512) == "512 B"
     assert text.size(0) == "0 B"
+    assert text.times_smaller(25, 100) == "4.00× smaller"
+    assert text.times_smaller(100, 80) == "1.25× larger"
+    assert text.times_smaller(1001, 1000) == "same size"
     assert text.milliseconds(1.2345) == "1.23 ms"
     assert text.milliseconds(1234.5) == "1234 ms"
     assert text.ratio(2.4567, 2.4, 2.5249) == ("2.46×", "[2.40, 2.52]")

@@ -232,7 +232,7 @@ class Canvas:
     def axes(self, x: Scale, y: Scale, x_title: str, y_title: str, x_ticks: Sequence[float] | None = None) -> None:
         """Draw grid lines, tick labels and titles for two scales whose starts meet at the lower left."""
         self.begin("axes")
-        x_ticks = x_ticks or x.ticks(most=max(3, int((x.end - x.start) / 50)))
+        x_ticks = x_ticks or x.ticks(most=max(5, int((x.end - x.start) / 75)))
         for tick, written in zip(x_ticks, tick_texts(x_ticks, x.log), strict=True):
             self.line(x.at(tick), y.end, x.at(tick), y.start, "grid")
             self.text(x.at(tick), y.start + 17, written, "tick", "middle")
