@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -27,7 +28,8 @@ from effllm.rows import Row
 
 MANIFEST = "effllm.json"
 FORMAT = 1
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+WRITE_ERRORS = DISK_ERRORS | {errno.ENAMETOOLONG, errno.ENOTEMPTY}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Variant:
     @property
     def rows(self) -> list[Row]:
         """The numbers that were measured on the folder when it was written."""
-        return [Row(**row) for row in self.manifest.get("rows", [])]
+        try:
+            return [Row.from_json(row) for row in self.manifest.get("rows", [])]
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{self.path / MANIFEST} has a row that is not one: {error}") from None
 
     @classmethod
     def open(cls, path: Path | str) -> Variant:
@@ -61,18 +66,25 @@ class Variant:
         folder = Path(path)
         manifest = read_manifest(folder)
         for name, entry in manifest["files"].items():
-            file = folder / name
-            if not file.resolve().is_relative_to(folder.resolve()):
-                raise ArtifactError(f"{folder}: the manifest names {name!r}, which is outside the folder")
-            if not file.is_file():
-                raise ArtifactError(f"{folder}: {name} is missing; the folder is incomplete")
-            if file.stat().st_size != entry["size_bytes"]:
-                raise ArtifactError(
-                    f"{file} is damaged: {file.stat().st_size} bytes, {entry['size_bytes']} were written"
-                )
-            if sha256(file) != entry["sha256"]:
-                raise ArtifactError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
+            try:
+                _check_file(folder, name, entry)
+            except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the name, a loop of links
+                raise ArtifactError(f"{folder}: {name!r} cannot be read: {error}") from None
         return cls(folder, manifest)
+
+
+def _check_file(folder: Path, name: str, entry: Any) -> None:
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder}: the manifest names {name!r}, which is outside the folder")
+    if not isinstance(entry, dict) or not {"sha256", "size_bytes"} <= set(entry):
+        raise ArtifactError(f"{folder / MANIFEST} has no digest of {name!r}")
+    if not file.is_file():
+        raise ArtifactError(f"{folder}: {name} is missing; the folder is incomplete")
+    if file.stat().st_size != entry["size_bytes"]:
+        raise ArtifactError(f"{file} is damaged: {file.stat().st_size} bytes, {entry['size_bytes']} were written")
+    if sha256(file) != entry["sha256"]:
+        raise ArtifactError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
 
 
 def is_variant(folder: Path) -> bool:
@@ -86,7 +98,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{folder} has no {MANIFEST}: it is not a folder that effllm wrote") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{folder / MANIFEST} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "task" not in manifest:
         raise ArtifactError(f"{folder / MANIFEST} is not a manifest of effllm")
@@ -108,7 +120,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and file != folder / MANIFEST
     }
     manifest = {
         "format": FORMAT,
@@ -122,11 +134,17 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 def check_target(target: Path, *, force: bool) -> None:
     """Fail early when `target` cannot be written: it exists (without `force`), or its parent is not writable."""
-    if target.exists() and not force:
+    try:
+        exists = target.exists()
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror}") from None
+    if target.is_symlink() and not exists:
+        raise SettingError(f"{target} is a link to nothing; choose another --out")
+    if exists and not force:
         raise SettingError(f"{target} exists; choose another --out or pass --force to replace it")
-    if target.exists() and not target.is_dir():
+    if exists and not target.is_dir():
         raise SettingError(f"{target} is a file, not a folder; choose another --out")
-    if target.exists() and any(target.iterdir()) and not is_variant(target):
+    if exists and any(target.iterdir()) and not is_variant(target):
         raise SettingError(f"{target} was not written by effllm, so --force does not replace it; choose another --out")
     parent = target.absolute().parent
     while not parent.exists():
@@ -141,31 +159,50 @@ def create(target: Path, *, force: bool = False) -> Iterator[Path]:
 
     On an exception, Ctrl-C included, the temporary folder is removed and an existing `target` is untouched. A process
     killed at any moment leaves `target` whole, absent, or (in the instant of a replacement) moved aside, from where the
-    next `create` restores it. Raises ArtifactError when the disk is full or not writable.
+    next `create` restores it. Raises ArtifactError when the disk is full or not writable, SettingError when another
+    process made `target` in the meantime and `force` is not set.
     """
     check_target(target, force=force)
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    check_target(target, force=force)
-    staging = Path(tempfile.mkdtemp(prefix=_prefix(target, "tmp"), dir=target.parent))
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    staging = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        check_target(target, force=force)
+        staging = Path(tempfile.mkdtemp(prefix=_prefix(target, "tmp"), dir=target.parent))
         staging.chmod(0o755)
         yield staging
         _sync(staging)
-        if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=_prefix(target, "old"), dir=target.parent))
-            target.rename(aside / target.name)
-            staging.rename(target)
-            shutil.rmtree(aside)
-        else:
-            staging.rename(target)
+        check_target(target, force=force)
+        _publish(staging, target)
     except OSError as error:
         if error.errno not in WRITE_ERRORS:
             raise
-        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise ArtifactError(f"cannot write {target}: {error.strerror}{where}; nothing was left behind") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in new_parents:
+                parent.rmdir()  # fails, as it should, where the target is in it
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`; an existing target goes aside first, and comes back when that fails."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(target, "old"), dir=target.parent))
+    moved = aside / target.name
+    try:
+        target.rename(moved)
+        staging.rename(target)
+    finally:
+        if moved.exists() and not target.exists():
+            moved.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _prefix(target: Path, kind: str) -> str:
@@ -174,16 +211,16 @@ def _prefix(target: Path, kind: str) -> str:
 
 def _sweep(target: Path) -> None:
     """Remove what dead processes of this host left beside `target`, restoring a target that one had moved aside."""
-    host = socket.gethostname()
-    for kind in ("old", "tmp"):
-        for leftover in target.parent.glob(f".{target.name}.{kind}-{host}-*"):
-            pid = leftover.name.rsplit("-", 2)[1]
-            if pid.isdigit() and _alive(int(pid)):
-                continue
-            moved = leftover / target.name
-            if kind == "old" and moved.exists() and not target.exists():
-                moved.rename(target)
-            shutil.rmtree(leftover, ignore_errors=True)
+    name, host = re.escape(target.name), re.escape(socket.gethostname())
+    ours = re.compile(rf"\.{name}\.(old|tmp)-{host}-(\d+)-\w+")
+    for leftover in sorted(target.parent.iterdir()):
+        match = ours.fullmatch(leftover.name)
+        if match is None or _alive(int(match[2])):
+            continue
+        moved = leftover / target.name
+        if match[1] == "old" and moved.exists() and not target.exists():
+            moved.rename(target)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
@@ -191,7 +228,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True
 
