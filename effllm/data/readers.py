@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from effllm.errors import ArtifactError, SettingError
 from effllm.tasks import Example, Head, Task
@@ -39,41 +41,49 @@ def read_records(path: Path, columns: Mapping[str, str] | None = None) -> Iterat
     """
     suffixes = [s for s in path.suffixes if s not in {".gz", ".xz"}]
     kind = suffixes[-1] if suffixes else ""
-    if not path.is_file():
-        raise ArtifactError(f"no file at {path}")
+    try:
+        if not path.is_file():
+            raise ArtifactError(f"no file at {path}")
+    except OSError as error:
+        raise ArtifactError(f"no file at {path}: {error.strerror}") from None
     if kind not in SUFFIXES:
         raise SettingError(f"{path}: unknown format {kind or '(no suffix)'}; expected {', '.join(SUFFIXES)} (.gz, .xz)")
     count = 0
     try:
-        with _open(path) as stream:
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as stream:
             for number, record in _parse(stream, kind, path):
                 count += 1
                 yield number, _rename(record, columns or {}, path)
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except (OSError, EOFError, lzma.LZMAError, csv.Error) as error:
+        raise ArtifactError(f"{path}:{_undecodable_line(path)} is not UTF-8 text: {error.reason}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
     if not count:
         raise ArtifactError(f"{path} holds no examples")
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        return cast("IO[bytes]", gzip.open(path, "rb"))
     if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open("r", encoding="utf-8-sig", newline="")
+        return lzma.open(path, "rb")
+    return path.open("rb")
+
+
+def _undecodable_line(path: Path) -> int:
+    """Return the number of the first line that is not UTF-8; a decoding error only knows its place in a buffer."""
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return number
 
 
 def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if kind in {".csv", ".tsv"}:
-        reader = csv.DictReader(stream, delimiter="," if kind == ".csv" else "\t", strict=True)
-        for row in reader:
-            if None in row or None in row.values():
-                raise ArtifactError(
-                    f"{path}:{reader.line_num} does not have the {len(reader.fieldnames or [])} columns of the header"
-                )
-            yield reader.line_num, dict(row)
+        yield from _parse_table(stream, kind, path)
         return
     for number, raw in enumerate(stream, start=1):
         line = raw.strip("\r\n")
@@ -84,11 +94,28 @@ def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[s
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+            if "\\u" in line:  # an escape can spell half of a surrogate pair, which is no character
+                json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{path}:{number} is not valid JSON: {error}") from None
         if not isinstance(record, dict):
             raise ArtifactError(f"{path}:{number} is not a JSON object")
         yield number, record
+
+
+def _parse_table(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(stream, delimiter="," if kind == ".csv" else "\t", strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            if header and cells:
+                if len(cells) != len(header):
+                    raise ArtifactError(f"{path}:{start} does not have the {len(header)} columns of the header")
+                yield start, dict(zip(header, cells, strict=True))
+            header, start = header or cells, reader.line_num + 1
+    except csv.Error as error:
+        raise ArtifactError(f"{path}:{start} is not valid {kind[1:]}: {error}") from None
 
 
 def _rename(record: dict[str, Any], columns: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -122,6 +149,8 @@ def read_examples(
             if gold or not isinstance(record.get("text"), str) or examples:
                 raise SettingError(f"{path}:{number}: {error}") from None
             texts.append(record["text"])
+        if examples and texts:
+            raise SettingError(f"{path}:{number} has the columns of {task.name}, the lines before it only a text")
         if limit is not None and max(len(examples), len(texts)) >= limit:
             break
     return examples or task.unlabelled(texts, head)

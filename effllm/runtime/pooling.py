@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from effllm.errors import Unsupported
+from effllm.errors import ArtifactError, Unsupported
 from effllm.folder import read_json
 
 MODE_KEYS = {
@@ -32,9 +33,11 @@ def read_pooling(folder: Path) -> Pooling:
     modules = read_json(folder / "modules.json", [])
     mode, declared, normalize = "mean", False, False
     for module in modules:
+        if not isinstance(module, dict) or not isinstance(module.get("path", ""), str):
+            raise ArtifactError(f"{folder / 'modules.json'} must list modules with a type and a path")
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
-            config = read_json(folder / module["path"] / "config.json")
+            config = read_json(folder / module.get("path", "") / "config.json")
             mode, declared = _mode(config, folder), True
         elif kind == "Normalize":
             normalize = True
@@ -43,7 +46,9 @@ def read_pooling(folder: Path) -> Pooling:
     return Pooling(mode, normalize, declared)
 
 
-def _mode(config: dict[str, object], folder: Path) -> str:
+def _mode(config: Any, folder: Path) -> str:
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{folder}: the pooling configuration must be a JSON object")
     named = config.get("pooling_mode")
     found = [named] if isinstance(named, str) else [m for m, key in MODE_KEYS.items() if config.get(key) is True]
     if len(found) != 1 or found[0] not in MODE_KEYS:

@@ -99,13 +99,11 @@ class TextTokenizer:
 
     def encode(self, text: str, pair: str | None = None) -> Encoding:
         """Encode a text or a pair, truncating the longer one first to `max_length` tokens."""
-        self._truncate(self.max_length)
-        return self._encoding(self._backend.encode(text, pair))
+        return self._encode_truncated(text, pair)
 
     def encode_words(self, words: Sequence[str]) -> Encoding:
         """Encode a text that is already split into words; `word_ids` refer to them."""
-        self._truncate(self.max_length)
-        return self._encoding(self._backend.encode(list(words), is_pretokenized=True))
+        return self._encode_truncated(list(words), None, is_pretokenized=True)
 
     def encode_windows(self, question: str, passage: str, length: int, stride: int) -> list[Encoding]:
         """Encode a question with each window of `length` tokens of a passage; windows overlap by `stride` tokens.
@@ -120,13 +118,18 @@ class TextTokenizer:
         stride = max(0, min(stride, (length - used) // 2))
         self._backend.enable_truncation(length, stride=stride, strategy="only_second")
         first = self._backend.encode(question, passage)
-        return [self._encoding(window, overflow=False) for window in (first, *first.overflowing)]
+        return [self._encoding(window) for window in (first, *first.overflowing)]
 
-    def _truncate(self, length: int) -> None:
-        self._backend.enable_truncation(length, strategy="longest_first")
+    def _encode_truncated(self, text: Any, pair: str | None, *, is_pretokenized: bool = False) -> Encoding:
+        self._backend.enable_truncation(self.max_length, strategy="longest_first")
+        raw, lost = self._backend.encode(text, pair, is_pretokenized=is_pretokenized), 0
+        if raw.overflowing:
+            # The overflow of a pair combines the parts of both texts, so its tokens cannot simply be counted.
+            self._backend.no_truncation()
+            lost = len(self._backend.encode(text, pair, is_pretokenized=is_pretokenized).ids) - len(raw.ids)
+        return self._encoding(raw, lost)
 
-    def _encoding(self, raw: Any, *, overflow: bool = True) -> Encoding:
-        lost = sum(len(part.ids) - sum(part.special_tokens_mask) for part in raw.overflowing) if overflow else 0
+    def _encoding(self, raw: Any, lost: int = 0) -> Encoding:
         return Encoding(
             ids=raw.ids,
             type_ids=raw.type_ids,
