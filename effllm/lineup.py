@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,9 @@ from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.runtime.engine import open_engine
 from effllm.runtime.predictor import Predictor
-from effllm.runtime.tokenizer import Encoding, pad_batch
-from effllm.tasks import Example, Task, task_of
-from effllm.variant import Variant, is_variant
+from effllm.runtime.tokenizer import Encoding, TextTokenizer, pad_batch
+from effllm.tasks import Example, Task, scoring, task_of
+from effllm.variant import Variant, is_variant, read_manifest
 
 DENSE = "onnxruntime fp32"
 MIX_TEXTS = 64
@@ -50,7 +51,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Entrant:
-    """One system: its label, the folder that it answers from, and the engine and file that run it."""
+    """One system: its label, the folder with its tokenizer and config, and the engine and what it runs."""
 
     name: str
     folder: Path
@@ -60,10 +61,11 @@ class Entrant:
 
     def predictor(self, threads: int) -> Predictor:
         """Load the system to answer."""
-        relative = None if self.engine.startswith("torch") else self.file.relative_to(self.folder).as_posix()
-        return Predictor.open(
-            self.folder, task=self.task.name, engine=self.engine, file=relative, threads=threads, name=self.name
-        )
+        folder = open_folder(self.folder, weights=False)
+        engine = open_engine(self.engine, self.file, auto_class=self.task.auto_class, threads=threads)
+        dependent = is_variant(self.folder) and bool(read_manifest(self.folder).get("batch_dependent"))
+        tokenizer = TextTokenizer.open(folder)
+        return Predictor(self.name, folder, self.task, tokenizer, engine, batch_dependent=dependent)
 
     def system(self, threads: int) -> System:
         """Return what opens the system in a process of its own."""
@@ -104,6 +106,7 @@ def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Pa
         folder = open_folder(model, weights=False)
         variant = Variant.open(folder.path) if is_variant(folder.path) else None
         task = task_of(folder, settings.task or (variant.task if variant else None))
+        task = scoring(task) if settings.data else task
         if variant and "model_file" in variant.manifest:
             file = folder.path / str(variant.manifest["model_file"])
             name = folder.path.name if folder.path.name not in {e.name for e in entrants} else str(folder.path)
@@ -112,10 +115,10 @@ def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Pa
             continue
         folder = open_folder(model)
         prefix = "" if not entrants else f"{folder.path.name} "
-        for engine, label in (("torch", "torch fp32"), ("torch-bf16", "torch bf16")):
-            entrants.append(Entrant(f"{prefix}{label}", folder.path, engine, folder.path, task))
         out = scratch / f"dense-{len(entrants)}"
         export(folder.path, out, task=task.name, track=track)
+        for engine, label in (("torch", "torch fp32"), ("torch-bf16", "torch bf16")):
+            entrants.append(Entrant(f"{prefix}{label}", out, engine, folder.path, task))
         file = out / "onnx" / "model.onnx"
         entrants.append(Entrant(f"{prefix}{DENSE}", out, "onnxruntime", file, task))
         entrants += [Entrant(f"{prefix}{e} fp32", out, e, file, task) for e in settings.engines]
@@ -136,16 +139,15 @@ def _examples(first: Entrant, settings: BenchSettings) -> tuple[list[Example], s
     task, head = first.task, predictor.head
     if settings.data is None:
         return sample(task.unlabelled(english_sentences(), head), AGREEMENT_TEXTS, 0), "English sentences"
+    columns, limit = settings.columns, settings.limit
     try:
-        gold = bool(task.metric)
-        examples = read_examples(settings.data, task, head, gold=gold, columns=settings.columns, limit=settings.limit)
-    except SettingError:
-        if not task.metric:
-            raise
-        examples = read_examples(settings.data, task, head, gold=False, columns=settings.columns, limit=settings.limit)
-    if not task.metric:
-        examples = sample(examples, AGREEMENT_TEXTS, 0)
-    return examples, settings.data.name
+        return read_examples(settings.data, task, head, gold=True, columns=columns, limit=limit), settings.data.name
+    except SettingError as unlabelled:
+        try:
+            examples = read_examples(settings.data, task, head, gold=False, columns=columns, limit=limit)
+        except SettingError:
+            raise unlabelled from None
+    return sample(examples, AGREEMENT_TEXTS, 0), settings.data.name
 
 
 def _quality(
@@ -166,9 +168,14 @@ def _quality(
                 f"{entrant.name} agrees with {reference.name} on only {comparison.agreement:.1%} of {data} "
                 f"(at least {settings.min_agreement:.0%} is wanted); it is not timed"
             )
-        if comparison.labelled and not any(row.system == reference.name for row in rows):
-            rows.append(quality_row(entrant.task, comparison.dense, reference.name, data))
-        rows += [row for row in comparison.rows() if row.system == entrant.name]
+        own = [row for row in comparison.rows() if row.system == entrant.name]
+        if not rows:
+            rows.append(
+                quality_row(entrant.task, comparison.dense, reference.name, data)
+                if comparison.labelled
+                else dataclasses.replace(own[0], value=1.0, system=reference.name)
+            )
+        rows += own
         if other.batch_dependent:
             spread = batch_spread(other, examples[:64])
             rows.append(spread.row(entrant.name))

@@ -42,6 +42,8 @@ def evaluate(
     from effllm.runtime.predictor import Predictor
 
     predictor = Predictor.open(model, task=task, engine=engine, threads=threads)
+    if predictor.task.scored_by:
+        predictor = Predictor.open(model, task=predictor.task.scored_by, engine=engine, threads=threads)
     examples = read_examples(
         Path(data), predictor.task, predictor.head, gold=True, columns=parse_columns(columns), limit=limit
     )

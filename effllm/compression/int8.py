@@ -131,7 +131,7 @@ class Int8:
         shift_biases(graph, shifts)
         (quantize_dynamic if form == "dynamic" else quantize_static)(graph, grids, levels)
         tables = quantize_embeddings(graph) if self.embeddings else []
-        file = job.work / f"{form}.onnx"
+        file = job.work / form / Path(FILE_NAME).name
         save_graph(graph.finish(), file)
         return Candidate(form, file, layers, tables)
 

@@ -29,7 +29,7 @@ from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.runtime.predictor import Predictor
 from effllm.settings import to_json
-from effllm.tasks import Example, task_of
+from effllm.tasks import Example, scoring, task_of
 from effllm.variant import Variant, check_target, create, is_variant, read_manifest, sha256, write_manifest
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def export(
     with create(target, force=force) as staging:
         agreement = _export_dense(source, staging / "onnx" / "model.onnx", track, external_data_bytes)
         write_layout(source, staging)
-        rows = [_size_row(staging, "onnx/model.onnx", "onnxruntime fp32")]
+        rows = [_size_row(staging / "onnx" / "model.onnx", "onnxruntime fp32")]
         step = {"verb": "export", "opset": OPSET}
         _finish(source, staging, step, "onnx/model.onnx", rows, [], {"parity": dataclasses.asdict(agreement)})
         Predictor.open(staging)
@@ -105,6 +105,8 @@ def compress(
     target = Path(out)
     check_target(target, force=force)
     source = _open_source(model, task)
+    if dev is not None:
+        source = dataclasses.replace(source, task=scoring(source.task))
     texts = _texts(source, method, calib, dev, columns, dev_limit)
     with create(target, force=force) as staging:
         work = staging / ".work"
@@ -124,13 +126,15 @@ def compress(
         )
         result = method.apply(job)
         expected = _raw_outputs(job.predictor(result.file, "compressed"), texts.gate[:PROBES])
-        (staging / result.file_name).parent.mkdir(parents=True, exist_ok=True)
-        result.file.rename(staging / result.file_name)
-        dense_bytes = dense.stat().st_size
-        shutil.rmtree(work)
+        result.file.parent.rename((staging / result.file_name).parent)
+        source = dataclasses.replace(source, task=task_of(source.folder, task))
         write_layout(source, staging)
-        size = _size_row(staging, result.file_name, result.comparison.name)
-        rows = [*result.rows, size, dataclasses.replace(size, system="dense", value=float(dense_bytes))]
+        rows = [
+            *result.rows,
+            _size_row(staging / result.file_name, result.comparison.name),
+            _size_row(dense, "dense"),
+        ]
+        shutil.rmtree(work)
         if result.comparison.truncated:
             cut = f"{result.comparison.truncated} of {len(texts.gate)} gate examples were cut"
             texts.notes.append(f"{cut} to the model's {source.folder.max_length} tokens")
@@ -229,10 +233,9 @@ def _labelled(
     return [source.task.parse(record, source.head, gold=True) for record in dev][:limit], "examples given by the caller"
 
 
-def _size_row(folder: Path, file_name: str, system: str) -> Row:
-    file = folder / file_name
+def _size_row(file: Path, system: str) -> Row:
     size = sum(part.stat().st_size for part in (file, file.with_name(f"{file.name}_data")) if part.is_file())
-    return Row("model size", float(size), "bytes", system, how={"file": file_name})
+    return Row("model size", float(size), "bytes", system)
 
 
 def _finish(
@@ -273,7 +276,7 @@ def _raw_outputs(predictor: Predictor, examples: Sequence[Example]) -> list[np.n
 
 def _check_reload(staging: Path, job: Job, expected: Sequence[np.ndarray]) -> None:
     """Open the staged folder as a user would. Raises CheckFailed when it answers otherwise than the gated file did."""
-    reloaded = Predictor.open(staging, threads=job.threads)
+    reloaded = Predictor.open(staging, task=job.source.task.name, threads=job.threads)
     got = _raw_outputs(reloaded, job.gate_examples[:PROBES])
     if len(got) != len(expected) or not all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True)):
         raise CheckFailed("the written folder does not answer as the checked model did")

@@ -24,7 +24,12 @@ TASKS: dict[str, Task] = {
     )
 }
 
-__all__ = ["TASKS", "Example", "Head", "Task", "task_of"]
+__all__ = ["TASKS", "Example", "Head", "Task", "scoring", "task_of"]
+
+
+def scoring(task: Task) -> Task:
+    """Return the task that scores `task` on labelled data: itself where it has a metric."""
+    return TASKS[task.scored_by] if task.scored_by else task
 
 
 def task_of(folder: ModelFolder, wanted: str | None = None) -> Task:

@@ -47,6 +47,7 @@ class FeatureExtraction(Task):
     auto_class = "AutoModel"
     architectures = ("Model",)
     any_model = True
+    scored_by = "sentence-similarity"
     outputs = ("last_hidden_state",)
     columns = {"text": "the text"}
 

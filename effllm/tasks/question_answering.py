@@ -67,9 +67,10 @@ class QuestionAnswering(Task):
         if gold:
             answers = record.get("answers")
             texts = answers.get("text") if isinstance(answers, dict) else answers
-            if not isinstance(texts, list) or not texts:
+            texts = [a.get("text") if isinstance(a, dict) else a for a in texts] if isinstance(texts, list) else None
+            if not texts or not all(isinstance(text, str) for text in texts):
                 raise SettingError(f"column 'answers' must list the reference answers, got {answers!r}")
-            texts = tuple(str(a["text"]) if isinstance(a, dict) else str(a) for a in texts)
+            texts = tuple(texts)
         return Example(text_column(record, "question"), text_column(record, "context"), texts)
 
     def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 
-from effllm.errors import SettingError
 from effllm.tasks.feature_extraction import cosine, pool, unit
-from effllm.tasks.task import Example, Head, Outputs, Task, text_column
+from effllm.tasks.task import Example, Head, Outputs, Task, number_column, spearman, text_column
 
 if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
@@ -29,12 +27,7 @@ class SentenceSimilarity(Task):
 
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
         """Read `text`, `text_pair` and the number `score`."""
-        score = record.get("score")
-        if gold:
-            try:
-                score = float(score)  # type: ignore[arg-type]
-            except (TypeError, ValueError):
-                raise SettingError(f"column 'score' must be a number, got {score!r}") from None
+        score = number_column(record, "score") if gold else None
         return Example(text_column(record, "text"), text_column(record, "text_pair"), score)
 
     def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
@@ -56,9 +49,7 @@ class SentenceSimilarity(Task):
 
     def score(self, statistics: np.ndarray) -> float:
         """Return Spearman's rank correlation, ties averaged; 0 when one side is constant."""
-        if len(statistics) < 2 or np.ptp(statistics[:, 0]) == 0 or np.ptp(statistics[:, 1]) == 0:
-            return 0.0
-        return float(stats.spearmanr(statistics[:, 0], statistics[:, 1]).statistic)
+        return spearman(statistics[:, 0], statistics[:, 1])
 
     def unlabelled(self, texts: Sequence[str], head: Head) -> list[Example]:
         """Pair each text with the next one."""

@@ -7,12 +7,14 @@ example's outputs without padding: `T` is the number of its tokens.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from scipy import stats
 
 from effllm.errors import SettingError
 
@@ -51,6 +53,8 @@ class Task(ABC):
     """Endings of the architecture names that have this head."""
     any_model: ClassVar[bool] = False
     """True when every encoder can do the task without a head of its own."""
+    scored_by: ClassVar[str] = ""
+    """The task that scores this one's answers on labelled data, where this one has no metric of its own."""
     outputs: ClassVar[tuple[str, ...]]
     """The names of the model outputs that the answer is made from."""
     per_token: ClassVar[bool] = True
@@ -98,6 +102,25 @@ def text_column(record: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise SettingError(f"no text in column {name!r} (columns: {', '.join(map(str, record)) or 'none'})")
     return value
+
+
+def number_column(record: Mapping[str, Any], name: str) -> float:
+    """Return a column that must hold a finite number. Raises SettingError saying what was got."""
+    value = record.get(name)
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise SettingError(f"column {name!r} must be a number, got {value!r}")
+    return number
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Return Spearman's rank correlation, ties averaged; 0 when one side is constant."""
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(stats.spearmanr(first, second).statistic)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

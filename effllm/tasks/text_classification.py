@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 
 from effllm.errors import SettingError, unknown_name
-from effllm.tasks.task import Example, Head, Outputs, Task, softmax, text_column
+from effllm.tasks.task import Example, Head, Outputs, Task, number_column, softmax, spearman, text_column
 
 if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
@@ -20,7 +19,7 @@ def label_index(value: Any, labels: Sequence[str]) -> int:
     text = str(value)
     if text in labels:
         return labels.index(text)
-    if text.isdigit() and int(text) < len(labels):
+    if text.isdecimal() and int(text) < len(labels):
         return int(text)
     raise unknown_name("label", text, labels)
 
@@ -39,11 +38,12 @@ class TextClassification(Task):
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
         """Read `text`, an optional `text_pair`, and `label` (a name or number of the model's labels)."""
         pair = text_column(record, "text_pair") if record.get("text_pair") is not None else None
-        label: Any = record.get("label")
+        label: float | None = None
         if gold:
-            if label is None:
+            if record.get("label") is None:
                 raise SettingError(f"no column 'label' (columns: {', '.join(map(str, record))})")
-            label = float(label) if len(head.labels) == 1 else label_index(label, head.labels)
+            one_output = len(head.labels) == 1
+            label = number_column(record, "label") if one_output else label_index(record["label"], head.labels)
         return Example(text_column(record, "text"), pair, label)
 
     def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
@@ -78,5 +78,5 @@ class TextClassification(Task):
     def score(self, statistics: np.ndarray) -> float:
         """Return the accuracy, or Spearman's rank correlation for a one-output head."""
         if statistics.shape[1] == 3:
-            return float(stats.spearmanr(statistics[:, 0], statistics[:, 1]).statistic)
+            return spearman(statistics[:, 0], statistics[:, 1])
         return super().score(statistics)

@@ -49,8 +49,9 @@ class TokenClassification(Task):
         words = words.split() if isinstance(words, str) else words
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise SettingError(f"column 'tokens' must be a list of words (columns: {', '.join(map(str, record))})")
-        tags = record.get("tags")
+        tags = None
         if gold:
+            tags = record.get("tags")
             tags = tags.split() if isinstance(tags, str) else tags
             if not isinstance(tags, list) or len(tags) != len(words):
                 raise SettingError(f"column 'tags' must hold one tag per word, {len(words)} in this line")
