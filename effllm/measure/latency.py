@@ -68,7 +68,11 @@ class Worker:
         self._name = system.name
         self._process.start()
         theirs.close()
-        self.load_s = float(self._answer())
+        try:
+            self.load_s = float(self._answer())
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Worker:
         return self
@@ -81,19 +85,19 @@ class Worker:
 
     def times_ms(self, batches: Sequence[Feeds], repeats: int) -> list[list[float]]:
         """Run the batches `repeats` times; return for each repeat the milliseconds of each batch."""
-        self._pipe.send(("time", batches, repeats))
-        result: list[list[float]] = self._answer()
+        result: list[list[float]] = self._answer("time", batches, repeats)
         return result
 
     def peak_bytes(self) -> int:
         """Return the process's peak resident memory."""
-        self._pipe.send(("peak", [], 0))
-        return int(self._answer())
+        return int(self._answer("peak", [], 0))
 
-    def _answer(self) -> Any:
+    def _answer(self, *question: Any) -> Any:
         try:
+            if question:
+                self._pipe.send(question)
             kind, value = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join(5)
             raise EffllmError(
                 f"the process that ran {self._name} ended with exit code {self._process.exitcode}"

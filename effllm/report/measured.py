@@ -142,6 +142,12 @@ def quality_groups(rows: Iterable[Row]) -> list[list[Row]]:
     return [group for rows_of in metrics.values() for group in grouped(rows_of, ("role", "over"))]
 
 
+def plotted_groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """Return what stands for quality in a plot: the quality groups; without any, the agreement with dense."""
+    rows = list(rows)
+    return quality_groups(rows) or grouped(row for row in rows if row.metric in {"agreement", "cosine mean"})
+
+
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 

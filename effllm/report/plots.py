@@ -16,7 +16,7 @@ from effllm.report.measured import (
     grouped,
     lower_is_better,
     main_load,
-    quality_groups,
+    plotted_groups,
 )
 from effllm.report.svg import LINE_HEIGHT, Box, Canvas, Scale, place_labels, spread, text_width, tick_texts
 from effllm.rows import Row
@@ -71,7 +71,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _quality_figures(measured: Measured) -> list[Figure]:
     title = "Quality against speed"
-    if not any(quality_groups(measured.rows)):
+    if not any(plotted_groups(measured.rows)):
         return [Figure(title, "Not drawn: no quality metric was measured.")]
     figures = []
     for suffix, rows in measured.places():
@@ -79,7 +79,7 @@ def _quality_figures(measured: Measured) -> list[Figure]:
         if not load:
             continue
         speeds = by_system(load, load[0].metric)
-        for group in quality_groups(rows) or quality_groups(measured.rows):
+        for group in plotted_groups(rows) or plotted_groups(measured.rows):
             values = by_system(group, group[0].metric)
             points = [_Point(s, speeds[s], values[s]) for s in measured.systems if s in speeds and s in values]
             if points:
@@ -92,7 +92,8 @@ def _quality_figure(measured: Measured, points: Sequence[_Point], suffix: str) -
     faster = "left" if x.metric == "latency p50" else "right"
     better = "Down" if lower_is_better(y.metric) else "Up"
     data = f" on {text.plain(y.how['data'])}" if y.how.get("data") else ""
-    caption = f"{better} and {faster} is better. Measured with {text.conditions(x.how)}; {y.metric}{data}."
+    over = f" with {text.plain(y.how['over'])}" if y.how.get("role") == "agreement" else ""
+    caption = f"{better} and {faster} is better. Measured with {text.conditions(x.how)}; {y.metric}{over}{data}."
     if any(row.low is not None for point in points for row in point.rows):
         caption += " Whiskers are 95 % intervals."
     if len(points) > 1:
