@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.ready
 
-.PHONY: demo test check slow interop readme clean
+.PHONY: demo test check slow bench interop readme clean
 
 demo: $(SETUP)  ## compress a real model to int8 and show the proof
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,10 @@ check: $(SETUP)  ## lint, types, architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(BIN)/python -m pytest -q benchmarks/test_speed.py --benchmark-disable
+
+bench: $(SETUP)  ## time the pieces with pytest-benchmark
+	$(BIN)/python -m pytest -q benchmarks/test_speed.py
 
 interop: $(SETUP)  ## load the exported folders in the other tools, each in its own environment
 	$(BIN)/python benchmarks/interop/run.py

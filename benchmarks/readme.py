@@ -1,0 +1,134 @@
+"""Write the README's tables from the committed rows. `--check` fails when the README is not what the rows say.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from effllm.report import text
+from effllm.rows import Row, read_rows
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def find(rows: list[Row], metric: str, system: str, **how: object) -> Row | None:
+    """Return the newest row of a metric and system whose `how` holds the given entries."""
+    matching = [
+        row
+        for row in rows
+        if row.metric == metric and row.system == system and all(row.how.get(k) == v for k, v in how.items())
+    ]
+    return max(matching, key=lambda row: row.at, default=None)
+
+
+def stsb_table() -> str:
+    """Return quality, speed and size of all-MiniLM-L6-v2's forms."""
+    rows = read_rows(RESULTS / "stsb_int8.jsonl")
+    systems = list(dict.fromkeys(row.system for row in rows if row.metric == "model size"))
+    lines = [
+        "| | Spearman, STS-B test | change [95 %] | cosine to dense | 1 × 128, ms | speed-up "
+        "| 16 × 64, texts/s | speed-up | model file |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for system in systems:
+        dagger = " †" if find(rows, "batch dependent", system) else ""
+        lines.append(f"| {system}{dagger} | " + " | ".join(_cells(rows, system)) + " |")
+    first = rows[0]
+    lines += [
+        "",
+        f"{first.machine}; one thread, one interleaved run, medians of 15 rounds; speed-up over ONNX Runtime fp32 "
+        f"exported by effllm. {first.at[:10]}. † answers can depend on the other texts in the batch.",
+        "",
+        _cost_sentence(rows),
+    ]
+    return "\n".join(lines)
+
+
+def _cells(rows: list[Row], system: str) -> list[str]:
+    short, long = {"batch": 1, "tokens": 128}, {"batch": 16, "tokens": 64}
+
+    def cell(metric: str, form: Callable[[Row], str], **how: object) -> str:
+        row = find(rows, metric, system, **how)
+        return form(row) if row else "–"
+
+    def interval(row: Row) -> str:
+        value, bounds = text.change(row.value, row.low, row.high)
+        return f"{value} {bounds}"
+
+    return [
+        cell("spearman", lambda r: f"{r.value:.4f}"),
+        cell("spearman change", interval),
+        cell("cosine mean", lambda r: text.share(r.value)[0]),
+        cell("latency p50", lambda r: f"{r.value:.1f}", **short),
+        cell("speed-up", lambda r: text.ratio(r.value)[0], **short),
+        cell("throughput", lambda r: f"{r.value:.0f}", **long),
+        cell("speed-up", lambda r: text.ratio(r.value)[0], **long),
+        cell("model size", lambda r: text.size(r.value)),
+    ]
+
+
+def _cost_sentence(rows: list[Row]) -> str:
+    seconds, peak = find(rows, "compress time", "int8"), find(rows, "compress peak memory", "int8")
+    if seconds is None or peak is None:
+        return ""
+    return (
+        f"Making it (`effllm compress --method int8`, 500 calibration texts, gate on 1,500 pairs) took "
+        f"{seconds.value:.0f} s and {text.size(peak.value)} of memory."
+    )
+
+
+def graph_form_table() -> str:
+    """Return how fast each form of the exported float32 graph runs."""
+    rows = read_rows(RESULTS / "graph_form.jsonl")
+    systems = list(dict.fromkeys(row.system for row in rows))
+    loads = [(1, 16), (1, 128), (16, 64)]
+    lines = ["| exported graph | " + " | ".join(f"{b} × {t}" for b, t in loads) + " |", "|---|" + "---|" * len(loads)]
+    for system in systems:
+        cells = []
+        for batch, tokens in loads:
+            row = find(rows, "speed-up", system, batch=batch, tokens=tokens)
+            cells.append(text.ratio(row.value)[0] if row else "–")
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def interop_table() -> str:
+    """Return which tools loaded the folders, and how far their numbers are from effllm's."""
+    rows = read_rows(RESULTS / "interop.jsonl")
+    lines = ["| tool | loaded | largest difference |", "|---|---|---|"]
+    for row in rows:
+        loaded = row.how.get("loaded", row.metric)
+        lines.append(f"| {row.system} | {loaded} | {row.value:.1e} {'' if row.unit == 'absolute' else row.unit} |")
+    return "\n".join(lines)
+
+
+TABLES = {"stsb_int8": stsb_table, "graph_form": graph_form_table, "interop": interop_table}
+
+
+def rendered(readme: str) -> str:
+    """Return the README's text with each table between its markers written anew."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- rows: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        readme = pattern.sub(lambda m, table=table: f"{m.group(1)}{table()}\n{m.group(2)}", readme)
+    return readme
+
+
+def main() -> int:
+    """Write the README, or check it."""
+    file = ROOT / "README.md"
+    before = file.read_text(encoding="utf-8")
+    after = rendered(before)
+    if "--check" in sys.argv:
+        return int(before != after)
+    file.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
