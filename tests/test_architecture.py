@@ -21,7 +21,8 @@ ARROWS = {
     "exporters": {"data", "report", "runtime", "measure"},
     "compression": {"data", "exporters", "runtime", "measure"},
     "lineup": {"data", "runtime", "measure", "compression"},
-    "cli": {"data", "runtime", "measure", "report", "exporters", "compression", "lineup"},
+    "train": {"data", "report", "runtime", "measure"},
+    "cli": {"data", "runtime", "measure", "report", "exporters", "compression", "lineup", "train"},
     "__main__": {"cli"},
     "__init__": {"compression", "lineup", "runtime"},
 }

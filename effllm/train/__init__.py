@@ -1,0 +1,1 @@
+"""Training in torch: optimizers, schedules, losses, checkpoints and the loop."""
