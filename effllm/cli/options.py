@@ -1,8 +1,15 @@
-"""Flags that several verbs share."""
+"""Flags that several verbs share, and flags made from a settings dataclass."""
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
 import click
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 TASK = click.option("--task", metavar="TASK", help="What the model answers; read from the model when not given.")
 COLUMNS = click.option("--columns", metavar="MAP", help="Column names of the data, as text=sentence,label=y.")
@@ -11,3 +18,25 @@ OUT = click.option("--out", required=True, metavar="DIR", help="The folder to wr
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads to run and time with; default all cores.")
 JSON = click.option("--json", "json_file", metavar="FILE", help="Write the measured rows as JSON lines; - for stdout.")
 HTML = click.option("--html", "html_file", metavar="FILE", help="Write a self-contained HTML report.")
+
+
+def settings_options(cls: type[Any], skip: Sequence[str] = ()) -> Callable[[F], F]:
+    """Return a decorator that adds a flag for each field of a settings dataclass: its name, type, default and help."""
+    hints = typing.get_type_hints(cls)
+
+    def add(function: F) -> F:
+        for f in reversed(dataclasses.fields(cls)):
+            if f.name in skip:
+                continue
+            kind, flag = hints[f.name], "--" + f.name.replace("_", "-")
+            text = str(f.metadata["help"])
+            text = text[0].upper() + text[1:] + "."
+            if kind is bool:
+                option = click.option(f"{flag}/--no-{flag[2:]}", f.name, default=f.default, help=text)
+            else:
+                shown = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
+                option = click.option(flag, f.name, type=shown, default=f.default, show_default=True, help=text)
+            function = option(function)
+        return function
+
+    return add

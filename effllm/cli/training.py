@@ -1,0 +1,36 @@
+"""How a training run is shown: a progress bar where there is a terminal, lines of the log elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from effllm.cli.console import say
+
+if TYPE_CHECKING:
+    from effllm.train.loop import StepRecord
+    from effllm.train.settings import LoopSettings
+
+
+def follow(records: Iterable[StepRecord], settings: LoopSettings, out: str) -> None:
+    """Draw a run to its end on stderr. Other processes than the first of a distributed run say nothing."""
+    import os
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    first = os.environ.get("RANK", "0") == "0"
+    columns = (TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (console.is_terminal and first)) as bars:
+        bar = bars.add_task("starting", total=1.0)
+        for record in records:
+            text = (
+                f"step {record.step}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
+                f"|g| {record.gradient_norm:.2f}  {record.tokens / record.step_s:,.0f} tok/s"
+            )
+            bars.update(bar, completed=record.progress, description=text)
+            if first and not console.is_terminal and (record.step % settings.log_every == 0 or record.progress >= 1):
+                say(text)
+    if first:
+        say(f"wrote {out}: last and best are model folders — try: effllm report {out} --html run.html")

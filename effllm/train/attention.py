@@ -1,0 +1,87 @@
+"""Attention over packed sequences, for any transformers encoder that uses the attention interface.
+
+A packed batch is one row (1, T) that holds n sequences one after the other, without padding. Everything in an encoder
+acts on single tokens but for attention, which must not reach across sequences. `register` gives transformers an
+attention and a mask function under the name `effllm_packed`; a model loaded with that `attn_implementation` takes the
+sequences' places as the keyword `sequence_index`, made by `sequence_index`.
+
+PyTorch's scaled-dot-product attention runs on the sequences gathered to (n, S), S the longest: on the CPU, where the
+other layers dominate, this costs less than a mask of T × T. Transformers' own functions build that mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "effllm_packed"
+
+
+def register() -> None:
+    """Make `attn_implementation="effllm_packed"` known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, no_mask)
+
+
+def sequence_index(lengths: torch.Tensor) -> torch.Tensor:
+    """Return the places of the sequences' tokens in a packed row: int64 (n, S), -1 where a sequence has ended.
+
+    `lengths` (n,) int64, S the largest of them.
+    """
+    width = int(lengths.max())
+    places = torch.arange(width, device=lengths.device).expand(len(lengths), width)
+    starts = torch.cumsum(lengths, 0) - lengths
+    return torch.where(places < lengths[:, None], places + starts[:, None], -1)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    sequence_index: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each sequence of a packed row.
+
+    `query`, `key`, `value` (1, heads, T, D); `sequence_index` (n, S) as `sequence_index` makes it. With
+    `sliding_window` w, a token sees those less than w places away (transformers passes ModernBERT's half window plus
+    one). Returns (1, T, heads, D). Raises ValueError without `sequence_index`: a packed row without its boundaries has
+    no meaning.
+    """
+    if sequence_index is None or attention_mask is not None or query.shape[0] != 1:
+        raise ValueError(f"{NAME} takes one packed row with sequence_index and no attention_mask")
+    n, width = sequence_index.shape
+    real = sequence_index >= 0
+    whole = sliding_window is None and bool(real.all())
+    gather = sequence_index.clamp_min(0).reshape(-1)
+
+    def unpack(x: torch.Tensor) -> torch.Tensor:
+        heads, size = x.shape[1], x.shape[3]
+        return x[0].index_select(1, gather).view(heads, n, width, size).transpose(0, 1)
+
+    mask = None if whole else _mask(real, sliding_window)
+    out = functional.scaled_dot_product_attention(
+        unpack(query), unpack(key), unpack(value), attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    flat = out.transpose(1, 2).reshape(n * width, *query.shape[1::2])
+    return (flat if whole else flat[real.reshape(-1)])[None], None
+
+
+def _mask(real: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Return who may be seen, bool (n, 1, 1 or S, S). Past a sequence's end a row sees the sequence: none is empty."""
+    seen = real[:, None, None, :]
+    if window is None:
+        return seen
+    places = torch.arange(real.shape[1], device=real.device)
+    near = (places[:, None] - places[None, :]).abs() < window
+    return (seen & near) | (seen & ~real[:, None, :, None])
+
+
+def no_mask(**_: object) -> None:
+    """Give the model no mask: `packed_attention` makes its own from `sequence_index`."""

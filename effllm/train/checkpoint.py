@@ -1,0 +1,147 @@
+"""Checkpoints of a run: each a model folder that `from_pretrained` loads, with what training needs to go on.
+
+    RUN/run.json                     the settings and data that decide the run's numbers
+    RUN/log.jsonl                    one line per logged step
+    RUN/checkpoints/step-00000500/   config, weights, tokenizer, effllm.json, training/optimizer.safetensors
+    RUN/last  RUN/best               links to the newest and to the best checkpoint
+
+A checkpoint is a variant: written whole or not at all, every file with its SHA-256. The newest whole one is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from effllm.errors import ArtifactError, SettingError
+from effllm.train.loop import Loop
+from effllm.train.optimizers import load_state_tensors, state_tensors
+from effllm.variant import Variant, create, write_manifest
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+OPTIMIZER = Path("training") / "optimizer.safetensors"
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stood at a checkpoint. `score`, larger is better, is what `best` goes by; None without evaluation."""
+
+    step: int
+    elapsed_s: float
+    score: float | None
+    best_step: int | None
+    best_score: float | None
+
+
+def start_run(run: Path, identity: Mapping[str, Any], *, resume: bool, force: bool) -> None:
+    """Make a run folder, or check that an existing one may be resumed with these settings.
+
+    `identity` is everything that decides the run's numbers. Raises SettingError when the folder exists without
+    `resume`, is not a run, or was started with another identity; the message names what differs.
+    """
+    file = run / RUN
+    if resume and file.is_file():
+        _check_identity(file, identity)
+        return
+    if resume and run.exists():
+        raise SettingError(f"{run} is not a training run (it has no {RUN}); start one without --resume")
+    if run.exists() and any(run.iterdir()):
+        if not force or not file.is_file():
+            hint = "pass --resume to go on or --force to start anew" if file.is_file() else "choose another --out"
+            raise SettingError(f"{run} exists; {hint}")
+        shutil.rmtree(run)
+    try:
+        (run / CHECKPOINTS).mkdir(parents=True)
+        file.write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {run}: {error.strerror}") from None
+
+
+def _check_identity(file: Path, identity: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}") from None
+    now = json.loads(json.dumps(identity))
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        key = differing[0]
+        more = f" (and {', '.join(differing[1:])})" if differing[1:] else ""
+        raise SettingError(
+            f"the run was started with {key} = {before.get(key)!r}, now it is {now.get(key)!r}{more}; "
+            "a resumed run keeps its settings"
+        )
+
+
+def save(
+    run: Path, loop: Loop, progress: Progress, write_model: Callable[[Path], None], manifest: Mapping[str, Any]
+) -> Path | None:
+    """Write the checkpoint of the loop's step and move `last` and `best`; returns its folder on the main process.
+
+    `write_model(folder)` writes config, weights and tokenizer. Every process must call this, as the optimiser's state
+    may be spread over them. Raises ArtifactError when the disk is full; the checkpoints before survive.
+    """
+    tensors = state_tensors(loop.optimizer, loop.model)
+    if not loop.accelerator.is_main_process:
+        return None
+    folder = run / CHECKPOINTS / f"step-{progress.step:08d}"
+    with create(folder, force=True) as staging:
+        write_model(staging)
+        (staging / OPTIMIZER).parent.mkdir()
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, staging / OPTIMIZER)
+        write_manifest(staging, {**manifest, "progress": progress.__dict__})
+    _link(run / "last", folder)
+    if progress.best_step == progress.step:
+        _link(run / "best", folder)
+    _prune(run, loop.settings.keep, progress.best_step)
+    return folder
+
+
+def newest(run: Path) -> tuple[Variant, Progress] | None:
+    """Return the newest whole checkpoint of a run; a damaged one is named in a warning, and the one before is taken.
+
+    Raises ArtifactError when there are checkpoints but none is whole.
+    """
+    damaged = []
+    for folder in sorted((run / CHECKPOINTS).glob("step-*"), reverse=True):
+        try:
+            variant = Variant.open(folder)
+            return variant, Progress(**variant.manifest["progress"])
+        except (ArtifactError, TypeError, KeyError) as error:
+            damaged.append(folder.name)
+            log.warning("checkpoint %s is damaged and is left out: %s", folder.name, error)
+    if damaged:
+        raise ArtifactError(
+            f"{run}: no checkpoint is whole ({', '.join(damaged)} are damaged); start anew with --force"
+        )
+    return None
+
+
+def restore(loop: Loop, checkpoint: Variant, progress: Progress) -> None:
+    """Put the optimiser's state and the loop's place back; the model was loaded from the checkpoint's folder."""
+    load_state_tensors(loop.optimizer, loop.model, load_file(checkpoint.path / OPTIMIZER))
+    loop.step, loop.elapsed_s = progress.step, progress.elapsed_s
+
+
+def _link(link: Path, folder: Path) -> None:
+    partial = link.with_name(f".{link.name}.new")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(folder.relative_to(link.parent), target_is_directory=True)
+    partial.replace(link)
+
+
+def _prune(run: Path, keep: int, best_step: int | None) -> None:
+    best = f"step-{best_step:08d}" if best_step is not None else ""
+    for folder in sorted((run / CHECKPOINTS).glob("step-*"))[:-keep]:
+        if folder.name != best:
+            shutil.rmtree(folder)

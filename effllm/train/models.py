@@ -1,0 +1,98 @@
+"""The model that a pre-training run starts from: a preset, a transformers configuration, or a trained folder."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from effllm.data.vocabulary import Vocabulary
+from effllm.errors import ArtifactError, SettingError, unknown_name
+from effllm.folder import find, open_folder
+from effllm.train.attention import NAME, register
+
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 128},
+    "mini": {"num_hidden_layers": 4, "hidden_size": 256},
+    "small": {"num_hidden_layers": 4, "hidden_size": 512},
+    "medium": {"num_hidden_layers": 8, "hidden_size": 512},
+    "base": {"num_hidden_layers": 12, "hidden_size": 768},
+}
+"""Name -> shape of a BERT after Turc et al. 2019, table 1: heads of 64, FFN four times as wide as the states."""
+
+
+def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: str, seed: int) -> Any:
+    """Return a masked-LM with packed attention, ready to train.
+
+    `name` is a preset, a folder or file with a `config.json` (random weights), or a folder or hub id with weights
+    (training goes on from them). Raises SettingError when the model's vocabulary or length does not fit, ArtifactError
+    or Unsupported when the folder cannot be read.
+    """
+    register()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(seed)
+    auto = transformers.AutoModelForMaskedLM if objective == "mlm" else transformers.AutoModelForPreTraining
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name in PRESETS:
+            model = auto.from_config(preset_config(name, vocabulary, max_length), attn_implementation=NAME)
+        else:
+            model = _from_folder(name, auto)
+    _check_fit(name, model, vocabulary, max_length)
+    return model
+
+
+def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transformers.BertConfig:
+    """Return a preset's configuration. Dropout is off: a pre-training run sees each token a few times at most."""
+    shape = PRESETS[name]
+    return transformers.BertConfig(
+        **shape,
+        num_attention_heads=max(1, shape["hidden_size"] // 64),
+        intermediate_size=4 * shape["hidden_size"],
+        vocab_size=vocabulary.size,
+        max_position_embeddings=max(512, max_length),
+        pad_token_id=vocabulary.pad_id,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def _from_folder(name: str, auto: Any) -> Any:
+    path = Path(name)
+    if path.is_file():
+        path = path.parent
+    elif not path.exists() and "/" not in name:
+        raise unknown_name("model", name, PRESETS)
+    folder = open_folder(find(path), weights=False)
+    try:
+        if folder.has_weights:
+            open_folder(folder.path)
+            return auto.from_pretrained(
+                folder.path,
+                attn_implementation=NAME,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        return auto.from_config(config, attn_implementation=NAME)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{folder.path} is not a masked-LM that transformers can build: {reason}") from error
+
+
+def _check_fit(name: str, model: Any, vocabulary: Vocabulary, max_length: int) -> None:
+    rows = int(model.config.vocab_size)
+    if rows < vocabulary.size:
+        raise SettingError(
+            f"model {name} has {rows} rows of embeddings, the tokenizer of the data has {vocabulary.size} tokens; "
+            "prepare the data with the model's tokenizer or set vocab_size"
+        )
+    places = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(places, int) and places < max_length:
+        raise SettingError(f"model {name} takes {places} tokens, --max-length is {max_length}")

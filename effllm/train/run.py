@@ -1,0 +1,211 @@
+"""A run: the loop with its log, evaluations and checkpoints. Pre-training and fine-tuning both are one.
+
+`train` yields a record after each step; what the caller draws (a progress bar, lines of a log) it draws from these.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from effllm.errors import SettingError, TrainingStopped
+from effllm.rows import Row
+from effllm.train import checkpoint as checkpoints
+from effllm.train.checkpoint import Progress
+from effllm.train.loop import Loop, LoopSettings, StepRecord, StepSource
+from effllm.train.optimizers import build_optimizer
+from effllm.train.runlog import RunLog
+from effllm.variant import Variant
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"),
+    *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model"),
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: the score that `best` goes by, larger is better, and rows."""
+
+    score: float
+    rows: list[Row] = field(default_factory=list)
+
+
+class Evaluator(Protocol):
+    """Evaluates a model in eval mode; returns None when there is nothing to evaluate on."""
+
+    def __call__(self, model: nn.Module, device: torch.device) -> Evaluation | None:
+        """Return the evaluation of the wrapped module."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, and where it is written.
+
+    `companions` are files that go into every checkpoint beside config and weights, the tokenizer's for one. `module`
+    returns sums of losses and names them in `components`; its `model` is what is saved. `patience` ends the run after
+    that many evaluations without a better score; 0 = never.
+    """
+
+    folder: Path
+    module: Any
+    source: StepSource
+    settings: LoopSettings
+    evaluate: Evaluator
+    eval_every: int
+    companions: Sequence[Path]
+    manifest: Mapping[str, Any]
+    patience: int = 0
+
+
+def make_accelerator(settings: LoopSettings) -> Accelerator:
+    """Return accelerate's view of this process among those of the run: devices, precision, DDP or FSDP.
+
+    Raises SettingError when a batch is too small to be split over the processes.
+    """
+    precision = "bf16" if settings.precision == "bf16" else "no"
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    parts = accelerator.num_processes * settings.accumulate
+    if settings.batch_size < parts:
+        raise SettingError(
+            f"--batch-size {settings.batch_size} is too small for {accelerator.num_processes} processes with "
+            f"--accumulate {settings.accumulate}: each of the {parts} parts needs a sequence"
+        )
+    return accelerator
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a tokenizer in a folder."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def open_run(
+    folder: Path, identity: Mapping[str, Any], accelerator: Accelerator, *, resume: bool, force: bool
+) -> tuple[Variant, Progress] | None:
+    """Make or check the run's folder; return the checkpoint to go on from, None at the start."""
+    if accelerator.is_main_process:
+        checkpoints.start_run(folder, identity, resume=resume, force=force)
+    accelerator.wait_for_everyone()
+    return checkpoints.newest(folder) if resume else None
+
+
+def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progress] | None) -> Iterator[StepRecord]:
+    """Train to the end of the run, from a checkpoint where one is given; yields after each step.
+
+    Raises TrainingStopped when a loss is not finite, naming the last good checkpoint; SettingError when memory runs
+    out, naming the setting to change.
+    """
+    s = run.settings
+    optimizer = build_optimizer(s.optimizer, run.module, s.learning_rate, s.weight_decay, (s.beta1, s.beta2), s.epsilon)
+    model, optimizer = accelerator.prepare(run.module, optimizer)
+    if s.compile:
+        model = torch.compile(model, dynamic=True)
+    loop = Loop(accelerator, model, optimizer, run.source, s, run.module.components)
+    keeper = _Keeper(run, loop)
+    if checkpoint:
+        checkpoints.restore(loop, *checkpoint)
+        keeper.progress = checkpoint[1]
+    runlog = RunLog(run.folder, run.module, resumed_at=loop.step) if accelerator.is_main_process else None
+    try:
+        for record in loop.run():
+            if runlog and (record.step % s.log_every == 0 or record.progress >= 1):
+                runlog.write(record)
+            stop = keeper.after(record, runlog)
+            yield record
+            if stop:
+                break
+    except TrainingStopped as error:
+        raise TrainingStopped(f"{error}; {keeper.last_good()}") from None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(s, error) from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise _out_of_memory(s, error) from None
+    finally:
+        if runlog:
+            runlog.close()
+
+
+def _out_of_memory(settings: LoopSettings, error: BaseException) -> SettingError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return SettingError(
+        f"out of memory ({reason}); double --accumulate (now {settings.accumulate}), which halves the sequences that "
+        "are in memory at a time and does not change the result"
+    )
+
+
+@dataclass
+class _Keeper:
+    """Evaluates and saves when it is time to, and knows the best."""
+
+    run: Run
+    loop: Loop
+    progress: Progress = field(default_factory=lambda: Progress(0, 0.0, None, None, None))
+    worse: int = 0
+
+    def after(self, record: StepRecord, runlog: RunLog | None) -> bool:
+        """Do what is due after a step; return whether the run should end early."""
+        s = self.run.settings
+        end = record.progress >= 1
+        saves = end or (s.save_every and record.step % s.save_every == 0)
+        every = self.run.eval_every or s.save_every
+        evaluates = end or (every and record.step % every == 0)
+        better = False
+        evaluation = None
+        if evaluates:
+            evaluation = self._evaluate()
+            if evaluation is not None:
+                if runlog:
+                    runlog.evaluated(record.step, evaluation.rows)
+                better = self.progress.best_score is None or evaluation.score > self.progress.best_score
+                self.worse = 0 if better else self.worse + 1
+        stop = bool(self.run.patience) and self.worse >= self.run.patience
+        if saves or better or stop:
+            self._save(record, evaluation, better)
+        return stop
+
+    def last_good(self) -> str:
+        """Return the sentence that names the checkpoint to fall back on."""
+        if self.progress.step:
+            return f"the last good checkpoint is of step {self.progress.step} ({self.run.folder / 'last'})"
+        return "there is no checkpoint yet"
+
+    def _evaluate(self) -> Evaluation | None:
+        self.loop.model.eval()
+        found = self.run.evaluate(self.loop.model, self.loop.accelerator.device)
+        self.loop.model.train()
+        return found
+
+    def _save(self, record: StepRecord, evaluation: Evaluation | None, better: bool) -> None:
+        score = evaluation.score if evaluation else None
+        before = self.progress
+        self.progress = Progress(
+            step=record.step,
+            elapsed_s=record.elapsed_s,
+            score=score,
+            best_step=record.step if better else before.best_step,
+            best_score=score if better else before.best_score,
+        )
+        rows = evaluation.rows if evaluation else []
+        manifest = {**self.run.manifest, "rows": [row.to_json() for row in rows], "notes": []}
+        checkpoints.save(self.run.folder, self.loop, self.progress, self.write_model, manifest)
+
+    def write_model(self, folder: Path) -> None:
+        """Write config, weights and tokenizer, so that `from_pretrained` loads the folder."""
+        accelerator = self.loop.accelerator
+        state = {
+            name.removeprefix("model."): tensor
+            for name, tensor in accelerator.get_state_dict(self.loop.model).items()
+            if name.startswith("model.")
+        }
+        self.run.module.model.save_pretrained(folder, state_dict=state)
+        for file in self.run.companions:
+            shutil.copyfile(file, folder / file.name)
