@@ -84,7 +84,7 @@ def test_updates_equal_a_float64_recomputation(name: str, reference) -> None:
 
 
 def test_update_clipping_divides_the_step_by_its_rms() -> None:
-    """A jump by 1000: v is (1 - beta2) g² but where g is small by chance, so the clipping divides the step by its root."""
+    """A jump by 1000: v is (1 - beta2) g² but where g is small by chance; the clipping divides the step by v's root."""
     moved = {}
     for name in ("adamw", "stableadamw"):
         model = tiny_bert(torch.float64)
