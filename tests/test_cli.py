@@ -233,7 +233,7 @@ def test_eval_writes_rows_and_report_reads_them(
     data.write_text("sentence,y\na good movie,positive\nan awful plot,negative\n", encoding="utf-8")
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
     assert run("eval", exported, "--data", data, "--columns", "text=sentence,label=y", "--json", rows) == 0
-    assert json.loads(rows.read_text(encoding="utf-8"))["metric"] == "accuracy"
+    assert [row.metric for row in read_rows(rows)] == ["accuracy", "macro f1", "matthews"]
     assert run("report", rows, "--html", page) == 0
     assert "accuracy" in page.read_text(encoding="utf-8")
     rows.write_text("{}\n", encoding="utf-8")

@@ -48,10 +48,10 @@ def evaluate(
         Path(data), predictor.task, predictor.head, gold=True, columns=parse_columns(columns), limit=limit
     )
     with progress() as track:
-        row, truncated = run(predictor, examples, Path(data).name, track)
+        rows, truncated = run(predictor, examples, Path(data).name, track)
     if json_file != "-":
-        print_rows([row])
+        print_rows(rows)
     if json_file:
-        write_json(json_file, [row])
+        write_json(json_file, rows)
     if truncated:
         say(f"{truncated} of {len(examples)} examples were cut to {predictor.tokenizer.max_length} tokens")

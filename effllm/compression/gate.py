@@ -24,7 +24,7 @@ def judge(comparison: Comparison, max_drop: float) -> Verdict:
     """
     drop = comparison.drop
     if comparison.labelled:
-        what = f"{comparison.task.metric} drop {_percent(drop)} of dense"
+        what = f"{comparison.metric} drop {_percent(drop)} of dense"
     else:
         what = f"disagreement with dense {_percent(drop)} (no labelled data was given)"
     passed = drop <= max_drop

@@ -10,7 +10,7 @@ import numpy as np
 
 from effllm import machine
 from effllm.errors import CheckFailed, SettingError
-from effllm.measure.statistics import interval_of_difference, interval_of_score
+from effllm.measure.statistics import interval_of_difference, intervals_of_scores
 from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.tasks import Example, Task
@@ -96,6 +96,11 @@ class Comparison:
         return len(self.dense) > 0
 
     @property
+    def metric(self) -> str:
+        """The name of the metric; empty without reference answers."""
+        return next(iter(self.task.metrics(self.dense))) if self.labelled else ""
+
+    @property
     def agreement(self) -> float:
         """The share of answers that agree, or the mean cosine of embeddings."""
         return float(self.agreements[:, 0].sum() / self.agreements[:, 1].sum())
@@ -123,7 +128,7 @@ class Comparison:
     def _change_row(self) -> Row:
         low, high = interval_of_difference(self.task.score, self.other, self.dense)
         return Row(
-            metric=f"{self.task.metric} change",
+            metric=f"{self.metric} change",
             value=self.task.score(self.other) - self.task.score(self.dense),
             unit="absolute",
             system=self.name,
@@ -157,22 +162,31 @@ class Comparison:
 
 def quality_row(task: Task, statistics: np.ndarray, system: str, data: str) -> Row:
     """Return the metric of one model with its bootstrap interval."""
-    low, high = interval_of_score(task.score, statistics)
-    return Row(
-        metric=task.metric,
-        value=task.score(statistics),
-        unit="absolute",
-        system=system,
-        n=len(statistics),
-        low=low,
-        high=high,
-        how={"role": "quality", "data": data},
-        machine=machine.describe(),
-    )
+    return quality_rows(task, statistics, system, data)[0]
 
 
-def evaluate(model: Answerer, examples: Sequence[Example], data: str, track: Track = silent) -> tuple[Row, int]:
-    """Return the metric of a model as a row, and how many examples were cut to the model's length.
+def quality_rows(task: Task, statistics: np.ndarray, system: str, data: str) -> list[Row]:
+    """Return all metrics of one model with their bootstrap intervals, the task's own metric first."""
+    found = task.metrics(statistics)
+    intervals = intervals_of_scores(lambda chosen: list(task.metrics(chosen).values()), statistics)
+    return [
+        Row(
+            metric=metric,
+            value=value,
+            unit="absolute",
+            system=system,
+            n=len(statistics),
+            low=low,
+            high=high,
+            how={"role": "quality", "data": data},
+            machine=machine.describe(),
+        )
+        for (metric, value), (low, high) in zip(found.items(), intervals, strict=True)
+    ]
+
+
+def evaluate(model: Answerer, examples: Sequence[Example], data: str, track: Track = silent) -> tuple[list[Row], int]:
+    """Return the metrics of a model as rows, the task's own first, and how many examples were cut to its length.
 
     Raises SettingError when the task has no metric or no example has a reference answer.
     """
@@ -184,7 +198,7 @@ def evaluate(model: Answerer, examples: Sequence[Example], data: str, track: Tra
         collected.add(model.task, example, answer)
     if not collected.statistics:
         raise SettingError(f"{data} has no reference answers")
-    return quality_row(model.task, collected.array, model.name, data), collected.truncated
+    return quality_rows(model.task, collected.array, model.name, data), collected.truncated
 
 
 def compare(

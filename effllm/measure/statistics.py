@@ -11,12 +11,15 @@ RESAMPLES = 1000
 LEVEL = 0.95
 
 
-def interval_of_score(
-    score: Callable[[np.ndarray], float], statistics: np.ndarray, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % percentile-bootstrap interval of a metric over examples, resampled 1000 times."""
-    low, high = interval_of_difference(score, statistics, np.zeros((0, 0)), seed)
-    return low, high
+def intervals_of_scores(
+    scores: Callable[[np.ndarray], Sequence[float]], statistics: np.ndarray, seed: int = 0
+) -> list[tuple[float, float]]:
+    """Return the 95 % percentile-bootstrap interval of each of several metrics over the same 1000 resamples."""
+    rng = np.random.default_rng(seed)
+    n = len(statistics)
+    values = [scores(statistics[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
 def interval_of_difference(
@@ -24,14 +27,14 @@ def interval_of_difference(
 ) -> tuple[float, float]:
     """Return the 95 % interval of score(first) - score(second), the same examples resampled in both.
 
-    Paired percentile bootstrap (Efron and Tibshirani 1993, chapter 13). An empty `second` counts as score zero.
+    Paired percentile bootstrap (Efron and Tibshirani 1993, chapter 13).
     """
     rng = np.random.default_rng(seed)
     n = len(first)
     differences = []
     for _ in range(RESAMPLES):
         chosen = rng.integers(0, n, n)
-        differences.append(score(first[chosen]) - (score(second[chosen]) if len(second) else 0.0))
+        differences.append(score(first[chosen]) - score(second[chosen]))
     low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 

@@ -78,7 +78,7 @@ def glance(measured: Measured) -> list[Table]:
             notes = [" ".join([f"Speed: {text.conditions(load[0].how)}.", *notes])]
         if quality:
             columns += _quality_columns(measured.rows, quality)
-            notes.append(f"Quality: {_quality_title(quality)}.")
+            notes.append(f"Quality: {_quality_title([quality])}.")
         tables.append(_table(measured, "At a glance", suffix.lstrip(", "), columns, notes))
     return tables
 
@@ -108,23 +108,28 @@ def _table(
 
 def _quality(measured: Measured, rows: Sequence[Row], suffix: str) -> list[Table]:
     tables = []
-    for group in quality_groups(rows):
-        columns = _quality_columns(rows, group)
+    known = [row for rows_of in quality_groups(rows) for row in rows_of]
+    for group in grouped(known, ("role", "over")):
+        metrics = quality_groups(group)
+        columns = [column for rows_of in metrics for column in _quality_columns(rows, rows_of)]
+        changes = [column for column in columns if column.header == "change" and column.rows]
         notes = []
-        if len(columns) > 1 and columns[1].rows:
-            over = measured.label(next(iter(columns[1].absent)))
+        if changes:
+            over = measured.label(next(iter(changes[0].absent)))
             notes.append(
                 f"Change: against {over} on the same examples; an interval that contains 0 shows no certain change."
             )
-        title = _quality_title(group)
+        title = _quality_title(metrics)
         tables.append(_table(measured, "Quality", f"{title}{suffix}, n = {_n(group)}", columns, notes))
     return tables
 
 
-def _quality_title(group: Sequence[Row]) -> str:
-    rest = {key: value for key, value in group[0].how.items() if key not in {"role", "over", "data"}}
-    data = f" on {text.plain(group[0].how['data'])}" if group[0].how.get("data") else ""
-    return f"{group[0].metric}{data}" + (f", {text.conditions(rest)}" if rest else "")
+def _quality_title(metrics: Sequence[Sequence[Row]]) -> str:
+    how = metrics[0][0].how
+    rest = {key: value for key, value in how.items() if key not in {"role", "over", "data"}}
+    data = f" on {text.plain(how['data'])}" if how.get("data") else ""
+    names = ", ".join(rows_of[0].metric for rows_of in metrics)
+    return f"{names}{data}" + (f", {text.conditions(rest)}" if rest else "")
 
 
 def _quality_columns(rows: Iterable[Row], group: Sequence[Row]) -> list[_Column]:

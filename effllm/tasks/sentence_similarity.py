@@ -1,4 +1,4 @@
-"""Sentence similarity: the cosine of two embeddings, scored by Spearman's rank correlation with human scores."""
+"""Sentence similarity: the cosine of two embeddings, scored by its correlation with human scores."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effllm.tasks.feature_extraction import cosine, pool, unit
-from effllm.tasks.task import Example, Head, Outputs, Task, number_column, spearman, text_column
+from effllm.tasks.task import Example, Head, Outputs, Task, number_column, pearson, spearman, text_column
 
 if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
 
 
 class SentenceSimilarity(Task):
-    """Pairs of sentences. The answer holds both embeddings, so that agreement sees the vectors, not only the cosine."""
+    """Pairs of sentences. The answer holds both embeddings, so that agreement sees the vectors, not only the cosine.
+
+    Metric: Spearman's rank correlation; Pearson's beside it.
+    """
 
     name = "sentence-similarity"
     auto_class = "AutoModel"
@@ -39,6 +42,12 @@ class SentenceSimilarity(Task):
         vectors = np.stack([unit(pool(o["last_hidden_state"], head.pooling)) for o in outputs])
         return {"similarity": float(vectors[0] @ vectors[1]), "embeddings": vectors.astype(np.float32)}
 
+    def targets(self, example: Example, encodings: Sequence[Encoding], head: Head) -> list[dict[str, Any]]:
+        """Return `score` for both sentences: the reference score on a scale from 0 to 1, by the head's range."""
+        low, high = head.score_range
+        score = (float(example.gold) - low) / (high - low)
+        return [{"score": score} for _ in encodings]
+
     def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
         """Return the cosines between the two models' embeddings, summed over the two sentences."""
         return sum(cosine(a, b) for a, b in zip(first["embeddings"], second["embeddings"], strict=True)), 2.0
@@ -50,6 +59,10 @@ class SentenceSimilarity(Task):
     def score(self, statistics: np.ndarray) -> float:
         """Return Spearman's rank correlation, ties averaged; 0 when one side is constant."""
         return spearman(statistics[:, 0], statistics[:, 1])
+
+    def metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return Spearman's and Pearson's correlation."""
+        return {"spearman": self.score(statistics), "pearson": pearson(statistics[:, 0], statistics[:, 1])}
 
     def unlabelled(self, texts: Sequence[str], head: Head) -> list[Example]:
         """Pair each text with the next one."""

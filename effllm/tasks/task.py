@@ -22,15 +22,21 @@ if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
 
 Outputs = Mapping[str, np.ndarray]
+IGNORED = -100
+"""The label of a token that no loss is taken on, as in torch."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a task needs to know of the model that answers: its labels and how it pools."""
+    """What a task needs to know of the model that answers: its labels and how it pools.
+
+    `score_range` is the scale of the scores that a similarity model is trained on, (lowest, highest).
+    """
 
     labels: tuple[str, ...] = ()
     pooling: str = "mean"
     problem_type: str | None = None
+    score_range: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,25 @@ class Task(ABC):
     def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
         """Compare two models' answers to one example: (how much of it agrees, out of how much)."""
 
+    def targets(self, example: Example, encodings: Sequence[Encoding], head: Head) -> list[dict[str, Any]]:
+        """Return what the training loss needs, one mapping per encoding: scalars, or int64 arrays (T,).
+
+        Raises SettingError when the reference answer cannot be trained on.
+        """
+        raise NotImplementedError(f"{self.name} is not fine-tuned")
+
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
-        """Return the numbers of one example from which `score` makes the metric."""
+        """Return the numbers of one example from which `score` and `metrics` are made."""
         raise NotImplementedError(f"{self.name} has no metric")
 
     def score(self, statistics: np.ndarray) -> float:
         """Make the metric from an (examples, k) array of statistics. Default: the first over the second, summed."""
         total = statistics[:, 1].sum()
         return float(statistics[:, 0].sum() / total) if total else 0.0
+
+    def metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Make all metrics from an (examples, k) array of statistics; the first is the one that `score` makes."""
+        return {self.metric: self.score(statistics)}
 
     def unlabelled(self, texts: Sequence[str], head: Head) -> list[Example]:
         """Make examples without reference answers from plain text."""
@@ -121,6 +138,13 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     return float(stats.spearmanr(first, second).statistic)
+
+
+def pearson(first: np.ndarray, second: np.ndarray) -> float:
+    """Return Pearson's correlation; 0 when one side is constant."""
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

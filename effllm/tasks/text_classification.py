@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effllm.errors import SettingError, unknown_name
-from effllm.tasks.task import Example, Head, Outputs, Task, number_column, softmax, spearman, text_column
+from effllm.tasks.task import Example, Head, Outputs, Task, number_column, pearson, softmax, spearman, text_column
 
 if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
@@ -24,8 +24,32 @@ def label_index(value: Any, labels: Sequence[str]) -> int:
     raise unknown_name("label", text, labels)
 
 
+def confusion(reference: np.ndarray, predicted: np.ndarray, labels: int) -> np.ndarray:
+    """Return how often each label (row) was answered with each label (column), float64 (labels, labels)."""
+    pairs = reference.astype(np.int64) * labels + predicted.astype(np.int64)
+    return np.bincount(pairs, minlength=labels**2).reshape(labels, labels).astype(np.float64)
+
+
+def f1_per_label(counts: np.ndarray) -> np.ndarray:
+    """Return each label's F1 from a confusion matrix; NaN for a label that is neither in the reference nor answered."""
+    total = counts.sum(axis=0) + counts.sum(axis=1)
+    f1: np.ndarray = np.divide(2 * counts.diagonal(), total, out=np.full(len(counts), np.nan), where=total > 0)
+    return f1
+
+
+def matthews(counts: np.ndarray) -> float:
+    """Return Matthews' correlation for any number of labels (Gorodkin 2004, equation 8); 0 where it is undefined."""
+    reference, predicted, n = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
+    norm = np.sqrt(n**2 - reference @ reference) * np.sqrt(n**2 - predicted @ predicted)
+    return float((counts.trace() * n - reference @ predicted) / norm) if norm else 0.0
+
+
 class TextClassification(Task):
-    """Single texts or pairs. Metric: accuracy; Spearman's rank correlation for a head with one output."""
+    """Single texts or pairs.
+
+    Metric: accuracy, with macro F1, Matthews' correlation and, for two labels, the F1 of the second beside it. For a
+    head with one output: Spearman's rank correlation, with Pearson's beside it.
+    """
 
     name = "text-classification"
     auto_class = "AutoModelForSequenceClassification"
@@ -63,6 +87,10 @@ class TextClassification(Task):
         named = {head.labels[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")}
         return {"label": head.labels[best], "score": float(scores[best]), "index": best, "scores": named}
 
+    def targets(self, example: Example, encodings: Sequence[Encoding], head: Head) -> list[dict[str, Any]]:
+        """Return `labels`: the label's index, or the number for a one-output head."""
+        return [{"labels": example.gold}]
+
     def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
         """Return whether the labels are the same; for a one-output head, one minus the difference of the outputs."""
         if "scores" not in first:
@@ -70,13 +98,23 @@ class TextClassification(Task):
         return float(first["index"] == second["index"]), 1.0
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
-        """Return (correct, 1), or (output, reference) for a one-output head."""
+        """Return (correct, 1, predicted, reference, labels of the head); for one output (output, reference, 0)."""
         if "scores" not in answer:
             return (answer["score"], float(example.gold), 0.0)
-        return (float(answer["index"] == example.gold), 1.0)
+        predicted, reference = float(answer["index"]), float(example.gold)
+        return (float(predicted == reference), 1.0, predicted, reference, float(len(answer["scores"])))
 
     def score(self, statistics: np.ndarray) -> float:
         """Return the accuracy, or Spearman's rank correlation for a one-output head."""
         if statistics.shape[1] == 3:
             return spearman(statistics[:, 0], statistics[:, 1])
         return super().score(statistics)
+
+    def metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return accuracy, macro F1, Matthews' correlation and, for two labels, F1; or the two correlations."""
+        if statistics.shape[1] == 3:
+            return {"spearman": self.score(statistics), "pearson": pearson(statistics[:, 0], statistics[:, 1])}
+        counts = confusion(statistics[:, 3], statistics[:, 2], int(statistics[0, 4]))
+        f1 = f1_per_label(counts)
+        found = {"accuracy": self.score(statistics), "macro f1": float(np.nanmean(f1)), "matthews": matthews(counts)}
+        return found | {"f1": float(np.nan_to_num(f1[1]))} if len(f1) == 2 else found

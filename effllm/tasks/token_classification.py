@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effllm.errors import SettingError
-from effllm.tasks.task import Example, Head, Outputs, Task, softmax
+from effllm.tasks.task import IGNORED, Example, Head, Outputs, Task, softmax
 from effllm.tasks.text_classification import label_index
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 class TokenClassification(Task):
-    """Words with tags. A word takes the label of its first token. Metric: F1 over exact entity spans (CoNLL)."""
+    """Words with tags. A word takes the label of its first token.
+
+    Metric: F1 over exact entity spans (CoNLL); their precision and recall beside it.
+    """
 
     name = "token-classification"
     auto_class = "AutoModelForTokenClassification"
@@ -74,6 +77,18 @@ class TokenClassification(Task):
                 tags[word], scores[word] = head.labels[best], float(probabilities[position, best])
         return {"words": words, "tags": tags, "scores": scores}
 
+    def targets(self, example: Example, encodings: Sequence[Encoding], head: Head) -> list[dict[str, Any]]:
+        """Return `labels`: each word's label index on its first token, -100 on all other tokens."""
+        word_ids = encodings[0].word_ids
+        labels = np.full(len(word_ids), IGNORED, dtype=np.int64)
+        index = {label: i for i, label in enumerate(head.labels)}
+        previous = None
+        for position, word in enumerate(word_ids):
+            if word is not None and word != previous:
+                labels[position] = index[example.gold[word]]
+            previous = word
+        return [{"labels": labels}]
+
     def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
         """Return on how many words the tags are the same, and how many words there are."""
         return float(sum(a == b for a, b in zip(first["tags"], second["tags"], strict=True))), float(len(first["tags"]))
@@ -85,5 +100,13 @@ class TokenClassification(Task):
 
     def score(self, statistics: np.ndarray) -> float:
         """Return the micro-averaged F1 over spans."""
-        right, predicted, reference = statistics.sum(axis=0)
-        return float(2 * right / (predicted + reference)) if predicted + reference else 0.0
+        return self.metrics(statistics)["f1"]
+
+    def metrics(self, statistics: np.ndarray) -> dict[str, float]:
+        """Return the micro-averaged F1, precision and recall over spans; 0 where there is nothing to divide by."""
+        right, predicted, reference = (float(total) for total in statistics.sum(axis=0))
+        return {
+            "f1": 2 * right / (predicted + reference) if predicted + reference else 0.0,
+            "precision": right / predicted if predicted else 0.0,
+            "recall": right / reference if reference else 0.0,
+        }
