@@ -1,7 +1,7 @@
 """The order of the samples in an epoch: a permutation that is computed place by place, without a table.
 
-A Feistel network over the square of the least whole number whose square holds all samples (Black and Rogaway, "Ciphers
-with arbitrary finite domains", 2002, written from the paper); what falls outside is sent through again (cycle walking).
+A Feistel network over a square that is a little larger than the number of samples (Black and Rogaway, "Ciphers with
+arbitrary finite domains", 2002, written from the paper); what falls outside is sent through again (cycle walking).
 Any place of any epoch is found in constant time and memory, so that a run can go on from any step.
 """
 
@@ -24,7 +24,8 @@ def permuted(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndar
     values = np.array(positions, dtype=np.int64)
     if size < 1 or (len(values) and not 0 <= values.min() <= values.max() < size):
         raise ValueError(f"positions must lie in 0 … {size - 1}")
-    side = math.isqrt(size - 1) + 1
+    # Without room to walk only half of the orders are reached, the even ones; this much also mixes small sizes well.
+    side = math.isqrt(size - 1) + 3
     keys = stream_keys(ORDER, seed, epoch, np.arange(ROUNDS))
     outside = np.arange(len(values))
     while len(outside):

@@ -35,9 +35,12 @@ def sum_before(values: np.ndarray, first: np.ndarray, counts: np.ndarray) -> np.
 def shuffled(bits: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return int64: a random order of each row, as places within the row; rows of `counts` entries.
 
-    `bits` are 64 random bits for each entry. At most 2^20 rows of at most 2^20 entries. Of the bits 24 are used, so
-    that one sort of whole words does; equal ones keep their order, which one pair in 17 million does.
+    `bits` are 64 random bits for each entry. Of them 24 are used, so that one sort of whole words does; entries whose
+    bits are equal, as those of one pair in 17 million are, keep their order. Raises ValueError for more than 2^20 rows
+    or entries in a row.
     """
+    if max(len(counts), counts.max(initial=0)) > 1 << 20:
+        raise ValueError("more than 2^20 rows, or entries in a row")
     rows = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
     words = (rows << 44) | (bits >> 40 << 20) | ranges(0, counts).astype(np.uint64)
     words.sort()
