@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from effllm.compression import METHODS, Int8
     from effllm.compression.pipeline import compress, export
+    from effllm.data.prepare import prepare
+    from effllm.data.settings import PrepareSettings
     from effllm.errors import (
         ArtifactError,
         CheckFailed,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "effllm.compression": ("METHODS", "Int8"),
     "effllm.compression.pipeline": ("compress", "export"),
+    "effllm.data.prepare": ("prepare",),
+    "effllm.data.settings": ("PrepareSettings",),
     "effllm.errors": (
         "ArtifactError",
         "CheckFailed",
@@ -66,6 +70,7 @@ __all__ = [
     "Int8",
     "MissingExtra",
     "Predictor",
+    "PrepareSettings",
     "Row",
     "SettingError",
     "Unsupported",
@@ -74,6 +79,7 @@ __all__ = [
     "compress",
     "export",
     "open",
+    "prepare",
 ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,11 @@ class ModelFolder:
         return any(self.path.glob("*.safetensors"))
 
 
-def find(model: str | Path) -> Path:
+def find(model: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
     """Return the local folder of MODEL, a path or a hub id; a hub id is downloaded to the Hugging Face cache.
 
-    Raises ArtifactError when there is no such folder and the hub has none or cannot be reached.
+    Of a hub id's files, those that match a pattern of `files` are fetched. Raises ArtifactError when there is no such
+    folder and the hub has none or cannot be reached.
     """
     text = str(model)
     try:
@@ -82,14 +84,14 @@ def find(model: str | Path) -> Path:
         raise ArtifactError(f"{model} is a file; expected a model folder or a hub id")
     if not HUB_ID.fullmatch(text) or text.startswith("."):
         raise ArtifactError(f"no model folder at {text!r}")
-    return _download(text)
+    return _download(text, files)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - half a second, needed for hub ids only
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises types of several libraries; each becomes one clear line
         reason = str(error).strip().splitlines()
         raise ArtifactError(
@@ -149,6 +151,11 @@ def read_json(path: Path, default: Any = None) -> Any:
     if default is not None and not isinstance(value, type(default)):
         raise ArtifactError(f"{path} must hold a JSON {'object' if isinstance(default, dict) else 'list'}")
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file for people and tools to read."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def has_tokenizer(path: Path) -> bool:

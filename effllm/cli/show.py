@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from effllm.variant import Variant
 
 
 @click.command(
@@ -11,6 +16,7 @@ Examples:
   effllm show methods        the compression methods and their settings
   effllm show tasks          the tasks and the columns of their data
   effllm show small          what a folder is, where it comes from, what was measured
+  effllm show tokens         what `prepare` read, dropped and kept
 """
 )
 @click.argument("what", metavar="methods|tasks|DIR")
@@ -52,6 +58,9 @@ def _folder(what: str) -> None:
 
     variant = Variant.open(Path(what))
     manifest = variant.manifest
+    if manifest.get("kind") == "tokens":
+        _tokens(variant)
+        return
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
     click.echo(f"{variant.path}: {variant.task}, from {manifest['parent']['name']}, {size / 1e6:.1f} MB in all")
     for step in manifest["steps"]:
@@ -60,3 +69,15 @@ def _folder(what: str) -> None:
         click.echo(f"  · {note}")
     click.echo(f"  every file has its recorded SHA-256; {'' if variant.batch_dependent else 'not '}batch dependent")
     print_rows(variant.rows)
+
+
+def _tokens(variant: Variant) -> None:
+    from effllm.cli.prepare import print_report
+
+    manifest, settings = variant.manifest, variant.manifest["steps"][0]["settings"]
+    size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+    click.echo(f"{variant.path}: tokens to train on, from {manifest['parent']['name']}, {size / 1e6:.1f} MB in all")
+    click.echo(f"  tokenizer: {settings['tokenizer']}, {manifest['store']['vocabulary_size']:,} tokens")
+    click.echo("  settings: " + ", ".join(f"{key} {value}" for key, value in settings.items() if key != "tokenizer"))
+    click.echo("  every file has its recorded SHA-256")
+    print_report(manifest["report"])

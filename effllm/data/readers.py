@@ -6,6 +6,7 @@ Every fault names the file and the line.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -39,6 +40,21 @@ def read_records(path: Path, columns: Mapping[str, str] | None = None) -> Iterat
     Raises ArtifactError for a missing, unreadable or empty file or a malformed line, SettingError for an unknown format
     or a column of `columns` that the file does not have.
     """
+    file_format(path)
+    count = 0
+    with open_text(path) as (stream, _):
+        for number, record in parse_records(stream, path, columns):
+            count += 1
+            yield number, record
+    if not count:
+        raise ArtifactError(f"{path} holds no examples")
+
+
+def file_format(path: Path) -> str:
+    """Return which of `SUFFIXES` a file has, packed or not.
+
+    Raises ArtifactError when there is no such file, SettingError when the format is unknown.
+    """
     suffixes = [s for s in path.suffixes if s not in {".gz", ".xz"}]
     kind = suffixes[-1] if suffixes else ""
     try:
@@ -48,37 +64,50 @@ def read_records(path: Path, columns: Mapping[str, str] | None = None) -> Iterat
         raise ArtifactError(f"no file at {path}: {error.strerror}") from None
     if kind not in SUFFIXES:
         raise SettingError(f"{path}: unknown format {kind or '(no suffix)'}; expected {', '.join(SUFFIXES)} (.gz, .xz)")
-    count = 0
+    return kind
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[tuple[IO[str], IO[bytes]]]:
+    """Open a file as UTF-8 text, unpacked, its line ends kept; yield it and the raw file, whose place tells progress.
+
+    Faults of reading inside the block are raised as ArtifactError that names the file, and the line where it is not
+    UTF-8.
+    """
     try:
-        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as stream:
-            for number, record in _parse(stream, kind, path):
-                count += 1
-                yield number, _rename(record, columns or {}, path)
+        with path.open("rb") as raw, io.TextIOWrapper(_unpacked(raw, path), "utf-8-sig", newline="") as stream:
+            yield stream, raw
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}:{_undecodable_line(path)} is not UTF-8 text: {error.reason}") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
-    if not count:
-        raise ArtifactError(f"{path} holds no examples")
 
 
-def _open(path: Path) -> IO[bytes]:
+def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
+        return cast("IO[bytes]", gzip.open(raw, "rb"))
     if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    return path.open("rb")
+        return lzma.open(raw, "rb")
+    return raw
 
 
 def _undecodable_line(path: Path) -> int:
     """Return the number of the first line that is not UTF-8; a decoding error only knows its place in a buffer."""
-    with _open(path) as stream:
+    with path.open("rb") as raw, _unpacked(raw, path) as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError:
                 return number
     return number
+
+
+def parse_records(
+    stream: IO[str], path: Path, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, record) of an opened file, its columns renamed; `read_records` says what is raised."""
+    for number, record in _parse(stream, file_format(path), path):
+        yield number, _rename(record, columns or {}, path)
 
 
 def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,13 +6,12 @@ these tools still read: boolean pooling keys, the old module paths, `max_seq_len
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from effllm.exporters.source import Source
-from effllm.folder import read_json
+from effllm.folder import read_json, write_json
 from effllm.runtime.pooling import MODE_KEYS, Pooling, read_pooling
 
 TOKENIZER_CLASSES = {
@@ -39,7 +38,7 @@ def _write_config(source: Source, target: Path) -> None:
     if not config.get("architectures"):
         config["architectures"] = [type(source.model).__name__]
     config.pop("_name_or_path", None)
-    _write_json(target / "config.json", config)
+    write_json(target / "config.json", config)
 
 
 def _write_tokenizer(source: Source, target: Path) -> None:
@@ -60,8 +59,8 @@ def _write_tokenizer(source: Source, target: Path) -> None:
     settings["model_max_length"] = source.folder.max_length
     settings["tokenizer_class"] = TOKENIZER_CLASSES.get(kind, "PreTrainedTokenizerFast")
     settings["model_input_names"] = list(tokenizer.model_input_names)
-    _write_json(target / "tokenizer_config.json", settings)
-    _write_json(target / "special_tokens_map.json", tokens)
+    write_json(target / "tokenizer_config.json", settings)
+    write_json(target / "special_tokens_map.json", tokens)
     for name in ("vocab.txt", "vocab.json", "merges.txt"):
         if (source.folder.path / name).is_file():
             shutil.copyfile(source.folder.path / name, target / name)
@@ -71,7 +70,7 @@ def _write_modules(source: Source, target: Path) -> None:
     pooling = read_pooling(source.folder.path)
     modules = ["Transformer", "Pooling", *(["Normalize"] if pooling.normalize else [])]
     paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
-    _write_json(
+    write_json(
         target / "modules.json",
         [
             {"idx": i, "name": str(i), "path": paths[name], "type": f"sentence_transformers.models.{name}"}
@@ -80,15 +79,15 @@ def _write_modules(source: Source, target: Path) -> None:
     )
     width = source.folder.config.get("hidden_size") or source.folder.config.get("dim")
     (target / "1_Pooling").mkdir()
-    _write_json(target / "1_Pooling" / "config.json", pooling_config(pooling, int(width or 0)))
+    write_json(target / "1_Pooling" / "config.json", pooling_config(pooling, int(width or 0)))
     if pooling.normalize:
         (target / "2_Normalize").mkdir()
-        _write_json(target / "2_Normalize" / "config.json", {})
-    _write_json(
+        write_json(target / "2_Normalize" / "config.json", {})
+    write_json(
         target / "sentence_bert_config.json", {"max_seq_length": source.folder.max_length, "do_lower_case": False}
     )
     known = read_json(source.folder.path / "config_sentence_transformers.json", {})
-    _write_json(
+    write_json(
         target / "config_sentence_transformers.json",
         {"prompts": known.get("prompts", {}), "default_prompt_name": known.get("default_prompt_name")},
     )
@@ -101,7 +100,3 @@ def pooling_config(pooling: Pooling, width: int) -> dict[str, Any]:
         **{key: mode == pooling.mode for mode, key in MODE_KEYS.items()},
         "include_prompt": True,
     }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
