@@ -1,16 +1,18 @@
 """Samples: what a model sees as one sequence, cut from the documents of a token store.
 
-A document is cut into the fewest chunks that fit, of about the same size, each beginning with a word where one begins
-within a few tokens. No token is dropped and no chunk crosses documents. Any sample is found in O(log documents) time
-and its own memory. Without pairs a sample is [CLS] chunk [SEP]; with them it is [CLS] A [SEP] B [SEP], where B
+A document is cut into chunks of about the same size, as few as fit with room to move each cut to where a word begins.
+No token is dropped and no chunk crosses documents. Any sample is found in O(log documents) time and its own memory;
+`Samples` itself keeps one number for each document.
+
+Without pairs a sample is [CLS] chunk [SEP]; with them it is [CLS] A [SEP] B [SEP], where B
 
 - "mlm+nsp" (Devlin et al., 2019): is what follows A (label 0), or the end of a chunk of another document (label 1);
 - "mlm+sop" (Lan et al., "ALBERT", 2020): is what follows A (label 0), or the two are swapped (label 1).
 
-The label cannot be guessed from lengths or from how segments begin and end: the cut, both lengths and the other
-document's chunk are drawn before the label; the random B has the true one's length and, like it, begins with a word
-and ends with its chunk. A chunk that is too short to cut, or for which no other document has a B, is a sample without
-a pair.
+The label cannot be guessed from lengths, or from whether a segment begins and ends with a word: the cut, both lengths
+and the other document's chunk are drawn before the label; the random B has the true one's length and, like it, begins
+with a word and ends with its chunk. A chunk that is too short to cut, or for which no other document has a B, is a
+sample without a pair.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ class Samples:
             raise SettingError(
                 f"the objective mlm+nsp needs at least 2 documents, and {self._where} has 1; use mlm or mlm+sop"
             )
-        self._special = np.zeros(max(vocabulary.size, max(vocabulary.special_ids) + 1), dtype=bool)
+        self._special = np.zeros(vocabulary.size, dtype=bool)
         self._special[list(vocabulary.special_ids)] = True
         self._check(self._tokens[: 1 << 20])
 
@@ -169,7 +171,7 @@ class Samples:
     def _pairs(self, starts: np.ndarray, stops: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> _Pieces:
         sizes = stops - starts
         is_pair = sizes >= SHORTEST_PAIR
-        cut = self._cut(starts, np.maximum(sizes, 2), keys)
+        cut = self._cut(starts, sizes, keys)
         other = draw(keys, LABEL) >> 63 == 1
         firsts, seconds, first_sizes, second_sizes = starts, starts + cut, cut, sizes - cut
         if self.objective == "mlm+sop":

@@ -191,10 +191,11 @@ def test_pairs_change_with_epoch_and_seed_and_are_replayed(objective: str) -> No
 
 @pytest.mark.parametrize("objective", PAIRS)
 def test_a_chunk_too_short_to_cut_has_no_pair(objective: str) -> None:
-    store, vocabulary = numbered([1, 2, 3, 4, 4, 5, 5])
-    packed = everything(Samples(store, vocabulary, 16, objective), seed=1)
+    packed = everything(Samples(*numbered([1, 2, 3, 4, 4, 5, 5]), 16, objective), seed=1)
     assert (packed.pair_labels[:3] == NO_PAIR).all()
     assert (packed.pair_labels[3:] != NO_PAIR).all()
+    ends_short = Samples(*numbered([5, 5, 1]), 16, objective)
+    assert ends_short.sample(2, (0, 0, 2)).pair_label is None
 
 
 def test_a_chunk_longer_than_all_others_has_no_random_partner() -> None:

@@ -63,9 +63,13 @@ def test_cls_falls_back_to_bos_and_sep_to_eos(tmp_path: Path) -> None:
 def test_names_are_found_in_either_file_and_without_any(tmp_path: Path) -> None:
     tokens = [*SPECIAL, "a"]
     plain = Vocabulary.read(write(tmp_path / "none", tokens))
-    assert plain == Vocabulary.read(write(tmp_path / "config", tokens, config=NAMES))
-    assert plain == Vocabulary.read(write(tmp_path / "map", tokens, special_map=NAMES))
     assert plain == Vocabulary(6, 2, 3, 4, 0, (0, 1, 2, 3, 4), plain.ordinary)
+    tokens = [token.replace("[", "<").replace("]", ">").lower() for token in tokens]
+    names = {key: value.replace("[", "<").replace("]", ">").lower() for key, value in NAMES.items()}
+    for file in ("config", "special_map"):
+        assert plain == Vocabulary.read(write(tmp_path / file, tokens, special=("<unk>",), **{file: names}))
+    with pytest.raises(ArtifactError, match="has no cls token"):
+        Vocabulary.read(write(tmp_path / "neither", tokens, special=tokens[:5]))
 
 
 def test_added_and_unused_tokens_replace_nothing(tmp_path: Path) -> None:
@@ -88,11 +92,20 @@ def test_a_missing_special_token_is_named(role: str, tmp_path: Path) -> None:
         Vocabulary.read(write(tmp_path, tokens, config=NAMES))
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", '{"version": "1.0"'])
-def test_a_damaged_tokenizer_is_one_line(content: str | None, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"tokenizer\.json") as caught:
+def test_a_name_that_is_not_in_the_vocabulary_is_not_guessed(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="has no cls token.*'<first>' is not in its vocabulary"):
+        Vocabulary.read(write(tmp_path, [*SPECIAL, "a"], config={**NAMES, "cls_token": "<first>"}))
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"has no tokenizer\.json"):
+        Vocabulary.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": "1.0"'])
+def test_a_damaged_tokenizer_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is not a tokenizer") as caught:
         Vocabulary.read(tmp_path)
     assert "\n" not in str(caught.value)
 
