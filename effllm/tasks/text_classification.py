@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 
 def label_index(value: Any, labels: Sequence[str]) -> int:
-    """Return the index of a label given by name or by number. Raises SettingError when the model has no such label."""
+    """Return the index of a label given by name, or by number where the names are no numbers themselves.
+
+    Raises SettingError when the model has no such label.
+    """
     text = str(value)
     if text in labels:
         return labels.index(text)
-    if text.isdecimal() and int(text) < len(labels):
+    if text.isdecimal() and int(text) < len(labels) and not any(label.isdecimal() for label in labels):
         return int(text)
     raise unknown_name("label", text, labels)
 
