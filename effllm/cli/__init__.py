@@ -14,6 +14,9 @@ import click
 from effllm.errors import EffllmError, GateFailed
 
 COMMANDS = {
+    "prepare": "effllm.cli.prepare:prepare",
+    "pretrain": "effllm.cli.pretrain:pretrain",
+    "finetune": "effllm.cli.finetune:finetune",
     "compress": "effllm.cli.compress:compress",
     "export": "effllm.cli.export:export",
     "eval": "effllm.cli.eval:evaluate",

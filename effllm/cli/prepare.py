@@ -58,14 +58,13 @@ def print_report(report: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from effllm.data.prepare import report_lines
+
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
     for name in ("documents", "characters", "words", "tokens", "unknown"):
         table.add_column(name, justify="right")
-    lines = {"read": report["read"]}
-    lines |= {f"dropped: {reason}": count for reason, count in report["dropped"].items()}
-    lines |= {f"kept: {split}": count for split, count in report["kept"].items()}
-    for name, count in lines.items():
+    for name, count in report_lines(report).items():
         cells = [f"{count[key]:,}" if key in count else "" for key in ("documents", "characters", "words", "tokens")]
         share = f"{count['unknown_tokens'] / count['tokens']:.3%}" if count.get("tokens") else ""
         table.add_row(name, *cells, share)

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from effllm.cli.console import say
 from effllm.cli.options import FORCE, OUT, settings_options
 from effllm.train.settings import PretrainSettings
 
@@ -31,9 +32,10 @@ def pretrain(data: str, out: str, resume: bool, force: bool, **flags: Any) -> No
     OUT/last and OUT/best are model folders that transformers loads. A run that was killed goes on with --resume,
     bit for bit on the CPU.
     """
-    from effllm.cli.training import follow
-
     settings = PretrainSettings(**flags)
+    from effllm.cli.training import follow
     from effllm.train.pretrain import pretrain as run
 
-    follow(run(data, out, settings, resume=resume, force=force), settings, out)
+    records = run(data, out, settings, resume=resume, force=force)
+    follow((("", record) for record in records), settings.log_every)
+    say(f"wrote {out}: last and best are model folders — try: effllm report {out} --html run.html")

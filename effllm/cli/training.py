@@ -9,11 +9,10 @@ from effllm.cli.console import say
 
 if TYPE_CHECKING:
     from effllm.train.loop import StepRecord
-    from effllm.train.settings import LoopSettings
 
 
-def follow(records: Iterable[StepRecord], settings: LoopSettings, out: str) -> None:
-    """Draw a run to its end on stderr. Other processes than the first of a distributed run say nothing."""
+def follow(records: Iterable[tuple[str, StepRecord]], log_every: int) -> None:
+    """Draw steps, each with the name of its run, on stderr; of several processes only the first says anything."""
     import os
 
     from rich.console import Console
@@ -24,13 +23,11 @@ def follow(records: Iterable[StepRecord], settings: LoopSettings, out: str) -> N
     columns = (TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (console.is_terminal and first)) as bars:
         bar = bars.add_task("starting", total=1.0)
-        for record in records:
+        for name, record in records:
             text = (
-                f"step {record.step}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
+                f"{name}step {record.step}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
                 f"|g| {record.gradient_norm:.2f}  {record.tokens / record.step_s:,.0f} tok/s"
             )
             bars.update(bar, completed=record.progress, description=text)
-            if first and not console.is_terminal and (record.step % settings.log_every == 0 or record.progress >= 1):
+            if first and not console.is_terminal and (record.step % log_every == 0 or record.progress >= 1):
                 say(text)
-    if first:
-        say(f"wrote {out}: last and best are model folders — try: effllm report {out} --html run.html")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ class Evaluator(Protocol):
 class Run:
     """What is trained, on what, and where it is written.
 
-    `companions` are files that go into every checkpoint beside config and weights, the tokenizer's for one. `module`
+    `companions` are the files, by their names in it, that go into every checkpoint beside config and weights. `module`
     returns sums of losses and names them in `components`; its `model` is what is saved. `patience` ends the run after
     that many evaluations without a better score; 0 = never.
     """
@@ -60,7 +60,7 @@ class Run:
     settings: LoopSettings
     evaluate: Evaluator
     eval_every: int
-    companions: Sequence[Path]
+    companions: Mapping[str, Path]
     manifest: Mapping[str, Any]
     patience: int = 0
 
@@ -81,9 +81,9 @@ def make_accelerator(settings: LoopSettings) -> Accelerator:
     return accelerator
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files of a tokenizer in a folder."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a tokenizer in a folder, by name."""
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def open_run(
@@ -207,5 +207,6 @@ class _Keeper:
             if name.startswith("model.")
         }
         self.run.module.model.save_pretrained(folder, state_dict=state)
-        for file in self.run.companions:
-            shutil.copyfile(file, folder / file.name)
+        for name, file in self.run.companions.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)

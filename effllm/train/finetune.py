@@ -1,0 +1,228 @@
+"""Fine-tuning: from a model folder and labelled examples to a variant, with the best checkpoint kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from effllm.data.labels import read_labels
+from effllm.data.readers import read_examples
+from effllm.data.split import digest
+from effllm.errors import SettingError, unknown_name
+from effllm.folder import ModelFolder, open_folder, read_json
+from effllm.measure.quality import evaluate
+from effllm.runtime.pooling import read_pooling
+from effllm.runtime.predictor import Predictor
+from effllm.runtime.tokenizer import TextTokenizer
+from effllm.runtime.torch import TorchEngine
+from effllm.settings import to_json
+from effllm.tasks import TASKS, Example, Head, Task
+from effllm.train.heads import load_for_task
+from effllm.train.loop import StepRecord
+from effllm.train.publish import RESULT, publish, weights_digest, write_result
+from effllm.train.run import Evaluation, Run, make_accelerator, open_run, tokenizer_files, train
+from effllm.train.settings import FinetuneSettings
+from effllm.train.supervised import SupervisedModel, SupervisedSource, make_items
+from effllm.variant import check_target
+
+LONGEST = 512
+"""The most tokens of a training input where `max_length` does not say."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What is learned: the task, its head, and the examples. `dev` is empty where none is given."""
+
+    folder: ModelFolder
+    task: Task
+    head: Head
+    train: list[Example]
+    dev: list[Example]
+    dev_name: str
+
+
+@dataclass(frozen=True)
+class FinetuneStep:
+    """One step of one of the runs of a fine-tuning; `seed` tells which."""
+
+    seed: int
+    record: StepRecord
+
+
+def finetune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    task: str,
+    train: str | Path,
+    dev: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    settings: FinetuneSettings | None = None,
+    seeds: int = 1,
+    teacher: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> Iterator[FinetuneStep]:
+    """Fine-tune a model on labelled examples; yields after each step, and at the end `out` is the best model.
+
+    With `seeds` above 1 as many runs are made, from `settings.seed` on; the one with the best dev metric is kept, and
+    median and spread of all stand in the rows. Until the end the runs are in `.OUT.run` beside `out`, from where
+    `resume` goes on. Without `dev` the last step's model is kept. `teacher` is a folder whose model is distilled.
+
+    Raises SettingError, ArtifactError or Unsupported for bad input before any work, TrainingStopped when a loss is not
+    finite.
+    """
+    settings = settings or FinetuneSettings()
+    target = Path(out)
+    check_target(target, force=force)
+    if seeds < 1:
+        raise SettingError(f"--seeds must be at least 1, got {seeds}")
+    goal = _supervision(model, task, train, dev, columns or {})
+    work = target.absolute().parent / f".{target.name}.run"
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    return _runs(goal, target, work, settings, seeds, teacher, force=force)
+
+
+def _runs(
+    goal: Supervision,
+    target: Path,
+    work: Path,
+    settings: FinetuneSettings,
+    seeds: int,
+    teacher: str | Path | None,
+    *,
+    force: bool,
+) -> Iterator[FinetuneStep]:
+    accelerator = make_accelerator(settings)
+    for seed in range(settings.seed, settings.seed + seeds):
+        run = work / f"seed-{seed}"
+        if (run / RESULT).is_file():
+            continue
+        for record in _run(goal, run, dataclasses.replace(settings, seed=seed), accelerator, teacher):
+            yield FinetuneStep(seed, record)
+        if accelerator.is_main_process:
+            write_result(run)
+    if accelerator.is_main_process:
+        step = {"verb": "finetune", "settings": to_json(settings), "seeds": seeds, "teacher": str(teacher or "")}
+        content = {
+            "task": goal.task.name,
+            "parent": {"name": goal.folder.path.name, "weights_sha256": weights_digest(goal.folder)},
+            "steps": [step],
+            "max_length": _tokenizer(goal.folder, settings).max_length,
+            "train": {"examples": len(goal.train), "sha256": digest(goal.train)},
+            "dev": {"data": goal.dev_name, "examples": len(goal.dev), "sha256": digest(goal.dev)},
+        }
+        publish(target, work, content, force=force)
+    accelerator.wait_for_everyone()
+
+
+def _supervision(
+    model: str | Path, task: str, train: str | Path, dev: str | Path | None, columns: Mapping[str, str]
+) -> Supervision:
+    """Read and check everything that is learned from."""
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    chosen = TASKS[task]
+    folder = open_folder(model)
+    found = read_labels(Path(train), chosen, columns)
+    head = Head(labels=found.labels, pooling=read_pooling(folder.path).mode, score_range=found.score_range)
+    examples = read_examples(Path(train), chosen, head, gold=True, columns=columns)
+    dev_examples = read_examples(Path(dev), chosen, head, gold=True, columns=columns) if dev is not None else []
+    return Supervision(folder, chosen, head, examples, dev_examples, Path(dev).name if dev is not None else "")
+
+
+def _run(
+    goal: Supervision, folder: Path, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
+) -> Iterator[StepRecord]:
+    """Make one run of one seed."""
+    tokenizer = _tokenizer(goal.folder, settings)
+    items = make_items(goal.train, goal.task, tokenizer, goal.head)
+    settings = _with_steps(settings, len(items))
+    identity = {
+        "verb": "finetune",
+        "model": weights_digest(goal.folder),
+        "data": digest(goal.train),
+        "teacher": str(teacher or ""),
+        **settings.deciding(),
+    }
+    checkpoint = open_run(folder, identity, accelerator, resume=True, force=False)
+    start = ModelFolder(checkpoint[0].path, goal.folder.config) if checkpoint else goal.folder
+    labels = goal.head.labels
+    model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
+    taught = _teacher(teacher, goal, accelerator) if teacher else None
+    module = SupervisedModel(model, goal.task, goal.head, settings, taught)
+    return train(
+        Run(
+            folder=folder,
+            module=module,
+            source=SupervisedSource(items, settings, tokenizer.pad_id, module.terms),
+            settings=settings,
+            evaluate=DevMetric(goal, tokenizer),
+            eval_every=settings.eval_every,
+            companions=companion_files(goal.folder.path),
+            manifest={"task": goal.task.name, "parent": {"name": goal.folder.path.name}, "steps": []},
+            patience=settings.patience,
+        ),
+        accelerator,
+        checkpoint,
+    )
+
+
+def _with_steps(settings: FinetuneSettings, items: int) -> FinetuneSettings:
+    """Return the settings with epochs made into steps, and an evaluation an epoch where nothing else is said."""
+    epoch = max(1, round(items / settings.batch_size))
+    steps = settings.steps
+    if not steps and not settings.seconds:
+        steps = max(1, round(settings.epochs * items / settings.batch_size))
+    return dataclasses.replace(settings, steps=steps, eval_every=settings.eval_every or epoch)
+
+
+def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer:
+    tokenizer = TextTokenizer.open(folder)
+    limit = min(folder.max_length, settings.max_length or LONGEST)
+    tokenizer.max_length = limit
+    return tokenizer
+
+
+def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -> Any:
+    """Load the teacher. Raises SettingError when its labels are not the student's."""
+    folder = open_folder(teacher)
+    labels = tuple(folder.labels) if goal.head.labels else ()
+    if labels != goal.head.labels:
+        raise SettingError(f"the teacher's labels ({', '.join(labels)}) are not those of the training data")
+    return load_for_task(folder, goal.task, labels, dropout=-1, seed=0).to(accelerator.device)
+
+
+@dataclass(frozen=True)
+class DevMetric:
+    """Evaluates on the dev examples with the task's own metric."""
+
+    goal: Supervision
+    tokenizer: TextTokenizer
+
+    def __call__(self, model: torch.nn.Module, device: torch.device) -> Evaluation | None:
+        """Return the metrics on the dev examples, the task's own as the score; None without examples."""
+        if not self.goal.dev:
+            return None
+        inner: Any = getattr(model, "module", model)
+        folder = ModelFolder(self.goal.folder.path, inner.model.config.to_dict())
+        engine = TorchEngine(inner.model)
+        predictor = Predictor("model", folder, self.goal.task, self.tokenizer, engine)
+        rows, _ = evaluate(predictor, self.goal.dev, self.goal.dev_name)
+        return Evaluation(rows[0].value, rows)
+
+
+def companion_files(folder: Path) -> dict[str, Path]:
+    """Return what goes with a model's weights: its tokenizer, and the module files of sentence-transformers."""
+    names = [file.name for file in tokenizer_files(folder).values()]
+    names += ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
+    names += [f"{m['path']}/config.json" for m in read_json(folder / "modules.json", []) if m.get("path")]
+    return {name: folder / name for name in names if (folder / name).is_file()}

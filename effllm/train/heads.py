@@ -1,0 +1,83 @@
+"""A trained encoder with the head that a task needs, ready to fine-tune."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from effllm.errors import ArtifactError, Unsupported
+from effllm.folder import ModelFolder
+from effllm.tasks import Task
+from effllm.train.distil import CAPTURING, register
+
+FINETUNED = ("text-classification", "token-classification", "question-answering", "sentence-similarity")
+
+
+def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dropout: float, seed: int) -> Any:
+    """Return the model with the task's head, float32.
+
+    The head is the folder's own where it has one with the same labels, else a new one, drawn by the seed. `labels` is
+    one name for a regression head and empty for tasks without labels. `dropout` of -1 leaves the config's. Raises Unsupported
+    for a task that is not fine-tuned or a folder whose model is already quantised, ArtifactError when weights of the
+    encoder are missing.
+    """
+    if task.name not in FINETUNED:
+        raise Unsupported(f"{task.name} is not fine-tuned; the tasks are {', '.join(FINETUNED)}")
+    if folder.config.get("quantization_config"):
+        raise Unsupported(f"{folder.path} is quantised; fine-tune the dense model")
+    register()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.manual_seed(seed)
+    settings = {**_label_settings(task, labels), **_dropout_settings(folder, dropout)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = getattr(transformers, task.auto_class).from_pretrained(
+                folder.path,
+                attn_implementation=CAPTURING,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **settings,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {reason}") from error
+    missing = sorted(key for key in info["missing_keys"] if _is_encoder(key, model))
+    if missing:
+        raise ArtifactError(f"{folder.path} lacks weights of its encoder, such as {missing[0]}")
+    return model
+
+
+def _label_settings(task: Task, labels: Sequence[str]) -> dict[str, Any]:
+    if task.name not in {"text-classification", "token-classification"}:
+        return {}
+    settings: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+    kind = "single_label_classification" if len(labels) > 1 else "regression"
+    return settings | ({"problem_type": kind} if task.name == "text-classification" else {})
+
+
+def _dropout_settings(folder: ModelFolder, dropout: float) -> dict[str, float]:
+    """Return the config's dropout probabilities, by whatever names the architecture gives them, set to `dropout`."""
+    if dropout < 0:
+        return {}
+    config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False).to_dict()
+    return {name: dropout for name, value in config.items() if "drop" in name and isinstance(value, float)}
+
+
+def _is_encoder(key: str, model: Any) -> bool:
+    """Return whether a weight belongs to the encoder's layers or embeddings, and not to a head or pooler."""
+    prefix = f"{model.base_model_prefix}."
+    inside = key.startswith(prefix) or model.base_model is model
+    return inside and "pooler" not in key

@@ -1,0 +1,84 @@
+"""From the runs of a fine-tuning to one variant: the best model, with the numbers of all runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from effllm import machine
+from effllm.folder import ModelFolder
+from effllm.rows import Row
+from effllm.train.runlog import LOG
+from effllm.variant import MANIFEST, Variant, create, sha256, write_manifest
+
+RESULT = "result.json"
+
+
+def weights_digest(folder: ModelFolder) -> dict[str, str]:
+    """Return the SHA-256 of each weights file of a model folder."""
+    return {file.name: sha256(file) for file in sorted(folder.path.glob("*.safetensors"))}
+
+
+def write_result(run: Path) -> None:
+    """Note in a finished run's folder which checkpoint to keep and what was measured on it."""
+    chosen = (run / ("best" if (run / "best").exists() else "last")).resolve()
+    manifest = Variant.open(chosen).manifest
+    result = {"checkpoint": chosen.name, "rows": manifest["rows"], "score": manifest["progress"]["score"]}
+    (run / RESULT).write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def publish(target: Path, work: Path, content: Mapping[str, Any], *, force: bool) -> None:
+    """Write the best run's model to `target` with its log and the rows of all runs, and remove the runs.
+
+    `content` is the manifest's, without rows. The best run has the largest dev metric; the first one without any.
+    """
+    runs = sorted(work.glob(f"*/{RESULT}"), key=lambda file: int(file.parent.name.removeprefix("seed-")))
+    results = [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in runs]
+    run, result = max(results, key=lambda pair: pair[1]["score"] if pair[1]["score"] is not None else 0.0)
+    with create(target, force=force) as staging:
+        _copy_model(run / "checkpoints" / result["checkpoint"], staging)
+        (staging / "training").mkdir()
+        shutil.copyfile(run / LOG, staging / "training" / LOG)
+        rows = [Row.from_json(row) for row in result["rows"]]
+        if len(results) > 1:
+            rows += _spread([[Row.from_json(row) for row in other["rows"]] for _, other in results])
+        note = f"the best of {len(results)} runs by the dev metric: {run.name}" if len(results) > 1 else ""
+        rows_json = [row.to_json() for row in rows]
+        write_manifest(staging, {**content, "rows": rows_json, "notes": [note] if note else []})
+    shutil.rmtree(work)
+
+
+def _copy_model(checkpoint: Path, target: Path) -> None:
+    """Copy a checkpoint without what only training needs."""
+    for file in sorted(checkpoint.rglob("*")):
+        name = file.relative_to(checkpoint)
+        if file.is_file() and name.parts[0] != "training" and name != Path(MANIFEST):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
+
+
+def _spread(runs: list[list[Row]]) -> list[Row]:
+    """Return for each metric the median over the runs, with the lowest and the highest as its bounds."""
+    rows = []
+    for row in runs[0]:
+        values = [other.value for run in runs for other in run if other.metric == row.metric]
+        how = {**row.how, "role": "seeds", "bounds": "lowest and highest"}
+        median = statistics.median(values)
+        rows.append(
+            Row(
+                row.metric,
+                median,
+                row.unit,
+                "median of seeds",
+                len(values),
+                min(values),
+                max(values),
+                how,
+                machine.describe(),
+            )
+        )
+    return rows

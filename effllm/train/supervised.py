@@ -1,0 +1,203 @@
+"""Batches of labelled examples, and the module that is fine-tuned on them.
+
+A step's examples are sorted by length and cut into passes of at most `pass_tokens` padded tokens, so that short texts
+are not padded to the longest of the step. The loss is a sum over all passes divided by the count of the whole step,
+so the cuts change memory and speed and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from effllm.data.order import permuted
+from effllm.runtime.tokenizer import Encoding, TextTokenizer, pad_batch
+from effllm.tasks import Example, Head, Task
+from effllm.tasks.task import IGNORED
+from effllm.train.distil import COMPONENTS, EMBEDDING, Distillation, Seen, observe
+from effllm.train.loop import MicroBatch
+from effllm.train.losses import LOSSES
+from effllm.train.settings import FinetuneSettings
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training example: its inputs, one or two of them, and what the loss needs for each."""
+
+    encodings: tuple[Encoding, ...]
+    targets: tuple[dict[str, Any], ...]
+
+    @property
+    def length(self) -> int:
+        """The tokens of its longest input."""
+        return max(len(e) for e in self.encodings)
+
+
+def make_items(examples: Sequence[Example], task: Task, tokenizer: TextTokenizer, head: Head) -> list[Item]:
+    """Tokenise examples with their targets. The windows of a long passage are items of their own; a pair stays one."""
+    items = []
+    for example in examples:
+        encodings = task.encode(tokenizer, example)
+        targets = task.targets(example, encodings, head)
+        if task.name == "sentence-similarity":
+            items.append(Item(tuple(encodings), tuple(targets)))
+        else:
+            items += [Item((e,), (t,)) for e, t in zip(encodings, targets, strict=True)]
+    return items
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Says how many terms each sum of losses has: labelled tokens or examples for `label`, tokens for the rest."""
+
+    components: tuple[str, ...]
+    per_token: bool
+
+    def count(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the counts of a batch, float64 (components,)."""
+        tokens, rows = float(arrays["attention_mask"].sum()), float(len(arrays["input_ids"]))
+        of = {
+            "label": float((arrays["target_labels"] != IGNORED).sum()) if self.per_token else rows,
+            "logits": tokens if self.per_token else rows,
+            "hidden": tokens,
+            "attention": tokens,
+        }
+        return np.array([of[name] for name in self.components])
+
+
+@dataclass
+class SupervisedSource:
+    """The batches of a fine-tuning run: position p of its endless stream is in epoch p // len(items)."""
+
+    items: list[Item]
+    settings: FinetuneSettings
+    pad_id: int
+    terms: Terms
+
+    def micro_batches(self, step: int, rank: int, world: int) -> list[MicroBatch]:
+        """Return this process's passes of a step. All processes have the same number of them."""
+        s, count = self.settings, len(self.items)
+        epochs, places = np.divmod(np.arange(step * s.batch_size, (step + 1) * s.batch_size), count)
+        indices = np.concatenate(
+            [permuted(places[epochs == epoch], count, s.seed, int(epoch)) for epoch in np.unique(epochs)]
+        )
+        chosen = sorted((self.items[i] for i in indices), key=lambda item: item.length)
+        passes = cut_passes([item.length * len(item.encodings) for item in chosen], s.pass_tokens, world)
+        return [self._collate([chosen[i] for i in part]) for part in passes[rank::world]]
+
+    def _collate(self, items: Sequence[Item]) -> MicroBatch:
+        """Pad the inputs of items, the first inputs before the second ones."""
+        inputs = [item.encodings[k] for k in range(len(items[0].encodings)) for item in items]
+        targets = [item.targets[k] for k in range(len(items[0].targets)) for item in items]
+        arrays = pad_batch(inputs, self.pad_id)
+        width = arrays["input_ids"].shape[1]
+        stacked = {f"target_{name}": _stack([t[name] for t in targets], width) for name in targets[0]}
+        tokens = int(arrays["attention_mask"].sum())
+        arrays |= stacked
+        return MicroBatch(arrays, self.terms.count(arrays), tokens, len(inputs), len(inputs))
+
+
+def cut_passes(lengths: Sequence[int], budget: int, world: int) -> list[list[int]]:
+    """Cut ascending lengths into runs of at most `budget` padded tokens, their number a multiple of `world`.
+
+    Raises ValueError when there are fewer lengths than processes.
+    """
+    if len(lengths) < world:
+        raise ValueError(f"{len(lengths)} examples cannot be spread over {world} processes")
+    passes: list[list[int]] = []
+    for index, length in enumerate(lengths):
+        if passes and (len(passes[-1]) + 1) * length <= budget:
+            passes[-1].append(index)
+        else:
+            passes.append([index])
+    while len(passes) % world:
+        longest = max(range(len(passes)), key=lambda k: len(passes[k]))
+        part = passes[longest]
+        passes[longest : longest + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
+    return passes
+
+
+def _stack(values: Sequence[Any], width: int) -> np.ndarray:
+    """Stack scalars to (n,), or arrays (T,) to (n, width) filled up with the label that no loss is taken on."""
+    if not isinstance(values[0], np.ndarray):
+        return np.array(values, dtype=np.float32 if isinstance(values[0], float) else np.int64)
+    stacked = np.full((len(values), width), IGNORED, dtype=np.int64)
+    for row, value in enumerate(values):
+        stacked[row, : len(value)] = value
+    return stacked
+
+
+class SupervisedModel(nn.Module):
+    """A transformers model with a task head that takes padded batches with targets and returns sums of losses.
+
+    `components` names the entries: the loss on the labels, and with a teacher those of the distillation. Each is
+    weighted by its setting.
+    """
+
+    def __init__(self, model: Any, task: Task, head: Head, settings: FinetuneSettings, teacher: Any = None) -> None:
+        super().__init__()
+        self.model = model
+        self._task, self._head = task, head
+        weights = {"label": settings.label_weight if teacher is not None else 1.0}
+        if teacher is not None:
+            weights |= {name: getattr(settings, f"distil_{name}") for name in COMPONENTS}
+        weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.components = tuple(weights)
+        self._weights = tuple(weights.values())
+        distilled = tuple(name for name in self.components if name != "label")
+        self.distillation = Distillation(teacher, model, distilled, settings.temperature) if distilled else None
+        self._takes = tuple(n for n in INPUTS if n in inspect.signature(model.forward).parameters)
+
+    def forward(self, **arrays: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sums (components,), float32.
+
+        `input_ids`, `attention_mask`, `token_type_ids` int64 (n, S), and `target_…` as the task's loss takes them.
+        """
+        inputs = {name: arrays[name] for name in self._takes}
+        mask = arrays["attention_mask"] == 1
+        wanted = frozenset(self.distillation.components if self.distillation else ())
+        seen = self._embedded(observe(self.model, inputs, self._task.outputs, wanted), mask)
+        targets = {name.removeprefix("target_"): v for name, v in arrays.items() if name.startswith("target_")}
+        sums = []
+        if "label" in self.components:
+            sums.append(LOSSES[self._task.name](seen.outputs, targets, mask)[0][None])
+        if self.distillation:
+            teacher = self._embedded(self.distillation.teach(inputs, self._task.outputs), mask)
+            rows = mask if self._task.name == "token-classification" else mask.any(dim=1)
+            sums.append(self.distillation(seen, teacher, mask, rows))
+        return torch.cat(sums) * torch.tensor(self._weights, device=mask.device)
+
+    @property
+    def terms(self) -> Terms:
+        """How many terms each component's sum has."""
+        return Terms(self.components, self._task.name == "token-classification")
+
+    def _embedded(self, seen: Seen, mask: torch.Tensor) -> Seen:
+        """Replace token states by unit embeddings where the task compares those."""
+        if self._task.name != "sentence-similarity":
+            return seen
+        embedding = functional.normalize(pool(seen.outputs["last_hidden_state"], mask, self._head.pooling), dim=-1)
+        return dataclasses.replace(seen, outputs={EMBEDDING: embedding})
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Pool token states (n, S, H) over real tokens to (n, H), as `effllm.tasks.feature_extraction.pool` does."""
+    lengths = mask.sum(dim=1, keepdim=True)
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "lasttoken":
+        return states[torch.arange(len(states)), lengths[:, 0] - 1]
+    if pooling == "max":
+        return states.masked_fill(~mask[:, :, None], -torch.inf).amax(dim=1)
+    total = (states * mask[:, :, None]).sum(dim=1)
+    return total / (lengths if pooling == "mean" else lengths.sqrt())
