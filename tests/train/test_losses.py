@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,15 @@ PARTITIONS = (
     [[k] for k in range(8)],
     [[7, 0], [3, 5, 1], [2, 4, 6]],
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors of a few numbers are slower on several threads, and far slower where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(family: str, task: str, dtype: torch.dtype, labels: int = 3) -> nn.Module:

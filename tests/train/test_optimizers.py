@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +16,15 @@ from effllm.errors import ArtifactError, SettingError
 from effllm.train.optimizers import OPTIMIZERS, build_optimizer, load_state_tensors, parameter_groups, state_tensors
 
 LR, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.98), 1e-6
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors of a few numbers are slower on several threads, and far slower where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_bert(dtype: torch.dtype = torch.float32) -> nn.Module:
