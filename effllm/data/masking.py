@@ -107,8 +107,6 @@ def mask_packed(
     """
     rate = masking.rate if rate is None else check_rate(rate)
     places = np.flatnonzero(maskable)
-    if not len(places):
-        return ids.copy(), places, ids[places]
     rows = np.repeat(np.arange(len(lengths)), lengths)
     token_keys, counters = keys[rows[places]], ranges(0, lengths)[places]
     if masking.unit == "token":

@@ -212,10 +212,24 @@ def test_random_tokens_come_from_the_ordinary_ones_only() -> None:
     assert set(shown[positions].tolist()) == {6, 8}
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_high_rates_stay_within_the_sample(unit: str) -> None:
+    batch = rows(np.full(200, 12), word_share=1)
+    for rate in (0.8, 0.95, 0.99):
+        *_, flags = apply(batch, Masking(unit, rate))
+        assert flags.reshape(200, -1)[:, 1:-1].sum() == pytest.approx(200 * 12 * rate, rel=0.15)  # spans are cut
+        for index in range(0, 200, 10):
+            alone = mask(
+                *(a[index * 14 : index * 14 + 14] for a in batch[:3]), VOCABULARY, Masking(unit, rate), (0, 0, index)
+            )
+            assert np.array_equal(alone[1], np.flatnonzero(flags[index * 14 : index * 14 + 14]))
+
+
 @QUICK
-@given(sizes, units, rates, st.integers(0, 2**64 - 1), st.integers(0, 1000), st.permutations(range(8)))
-def test_a_mask_does_not_depend_on_its_batch(counts, unit: str, rate: float, seed: int, epoch: int, names) -> None:
+@given(sizes, units, rates, st.integers(0, 2**64 - 1), st.integers(0, 1000), st.permutations(range(8)), st.booleans())
+def test_a_mask_does_not_depend_on_its_batch(counts, unit, rate, seed, epoch, names, has_words) -> None:
     batch = rows(counts)
+    batch[1][begins(batch[3]) + 1] *= has_words  # a sample may begin within a word
     indices = np.array(names[: len(counts)])
     shown, positions, labels = mask_packed(*batch, VOCABULARY, Masking(unit, rate), mask_keys(seed, epoch, indices))
     ends = np.cumsum(batch[3])
