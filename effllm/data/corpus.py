@@ -22,9 +22,10 @@ TRAIN, DEV, DROPPED = 0, 1, -1
 
 
 class Corpus:
-    """The cleaned documents, in the order in which they were read; `read` and `dropped` count what came and what went.
+    """The cleaned documents, in the order in which they were read.
 
-    `near` is the similarity from which a document is a near duplicate; at 1, only equal texts are duplicates.
+    `read` counts what came, `dropped` what went and why; `cleaned_away` are the characters that cleaning took. From the
+    similarity `near` on, a document is a near duplicate; at 1, only equal texts are duplicates.
     """
 
     def __init__(self, folder: Path, cleaning: Cleaning, near: float) -> None:
@@ -36,6 +37,7 @@ class Corpus:
         self._characters = array("q")
         self.read: Counter[str] = Counter(documents=0, characters=0)
         self.dropped: dict[str, Counter[str]] = {}
+        self.cleaned_away = 0
 
     def __len__(self) -> int:
         return len(self._characters)
@@ -46,9 +48,10 @@ class Corpus:
             for raw in (text for batch in batches for text in batch):
                 self.read.update(documents=1, characters=len(raw))
                 text = clean(raw)
+                self.cleaned_away += len(raw) - len(text)
                 reason = self._cleaning.reason_to_drop(text)
                 if reason is not None:
-                    self._drop(reason, len(raw))
+                    self._drop(reason, len(text))
                     continue
                 encoded, normal = text.encode("utf-8"), normalised(text)
                 texts.write(encoded)

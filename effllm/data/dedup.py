@@ -13,13 +13,14 @@ import hashlib
 from collections.abc import Callable
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 
 from effllm.data.characters import code_points
 from effllm.data.clean import rolling_hashes
 from effllm.progress import Track, silent
 
 PERMUTATIONS = 128
+RECALL = 0.95
 NGRAM = 5
 NEIGHBOURS = 4
 _BLOCK = 2**14
@@ -45,8 +46,7 @@ class BandKeys:
     """MinHash signatures cut into bands: two texts that share the key of a band are compared."""
 
     def __init__(self, threshold: float) -> None:
-        plan = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
-        self.bands, self._rows = int(plan.b), int(plan.r)
+        self.bands, self._rows = banding(threshold)
         self._permutations = MinHash(num_perm=PERMUTATIONS).permutations
 
     def of(self, members: np.ndarray) -> np.ndarray:
@@ -58,6 +58,18 @@ class BandKeys:
         bands = sketch.hashvalues.astype("<u4")[: self.bands * self._rows].reshape(self.bands, self._rows)
         keys = b"".join(hashlib.blake2b(band.tobytes(), digest_size=8).digest() for band in bands)
         return np.frombuffer(keys, dtype="<u8")
+
+
+def banding(threshold: float) -> tuple[int, int]:
+    """Return (bands, rows): the longest bands that find a pair at the threshold with probability `RECALL` or more.
+
+    Two sets of similarity `s` share the key of a band of `r` rows with probability `s^r`; pairs above the threshold are
+    found more often, and the fewer false candidates the longer the bands are.
+    """
+    rows = PERMUTATIONS
+    while 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) < RECALL and rows > 1:
+        rows -= 1
+    return PERMUTATIONS // rows, rows
 
 
 def _as_it_is(value: int) -> int:

@@ -7,17 +7,17 @@ In a .txt file an empty line ends a document, and a first line such as `# id=12 
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from effllm.data.readers import SUFFIXES, file_format, open_text, parse_records
+from effllm.data.readers import SUFFIXES, file_format, open_text, parse_records, renamed
 from effllm.errors import ArtifactError, MissingExtra, SettingError
 
 STEP_BYTES = 2**20
+STEP_ROWS = 1000
 MAX_CHARACTERS = 10_000_000
 """The longest document that is taken; a text file without empty lines is longer, and would not fit in memory."""
 
@@ -37,7 +37,7 @@ class Source:
     def batches(self) -> Iterator[list[str]]:
         """Yield the documents, in lists of about 1 MiB of the file each (1,000 rows of a data set).
 
-        Raises ArtifactError or SettingError naming file and line for whatever cannot be read.
+        Raises ArtifactError or SettingError naming file and line for whatever cannot be read, and for an empty file.
         """
         if self.kind == "hub":
             return _rows(self)
@@ -61,7 +61,7 @@ def open_source(name: str | Path, columns: Mapping[str, str] | None = None) -> S
     except OSError as error:
         raise ArtifactError(f"no file at {path}: {error.strerror}") from None
     kind = file_format(path)
-    return Source(str(name), kind, columns or {}, max(1, math.ceil(path.stat().st_size / STEP_BYTES)))
+    return Source(str(name), kind, columns or {}, path.stat().st_size // STEP_BYTES + 1)
 
 
 def _nearest(path: Path) -> str:
@@ -73,7 +73,7 @@ def _file(source: Source) -> Iterator[list[str]]:
     path = Path(source.name)
     with open_text(path) as (stream, raw):
         batch: list[str] = []
-        step = 0
+        step = number = 0
         for number, text in _paragraphs(stream, path) if source.kind == ".txt" else _column(stream, source):
             if len(text) > MAX_CHARACTERS:
                 raise ArtifactError(_too_long(path, number))
@@ -82,6 +82,8 @@ def _file(source: Source) -> Iterator[list[str]]:
                 step = raw.tell() // STEP_BYTES
                 yield batch
                 batch = []
+    if not number:
+        raise ArtifactError(f"{path} holds no documents")
     yield batch
 
 
@@ -132,29 +134,30 @@ def _text(record: Mapping[str, Any], where: str) -> str:
 
 
 def _rows(source: Source) -> Iterator[list[str]]:
-    hub_id, _, config = source.name.partition(":")
     batch: list[str] = []
-    for number, record in enumerate(_stream(hub_id, config or None), start=1):
-        column = source.columns.get("text", "text")
-        batch.append(_text({"text": record[column]} if column in record else record, f"{source.name}, row {number}"))
-        if len(batch) == 1000:
+    number = 0
+    for number, record in enumerate(_stream(*source.name.partition(":")[::2]), start=1):
+        where = f"{source.name}, row {number}"
+        batch.append(_text(renamed(record, source.columns, where), where))
+        if len(batch) == STEP_ROWS:
             yield batch
             batch = []
+    if not number:
+        raise ArtifactError(f"{source.name} holds no documents")
     yield batch
 
 
-def _stream(hub_id: str, config: str | None) -> Iterable[Mapping[str, Any]]:
-    """Return the rows of a hub data set's split `train`, read as they are needed."""
+def _stream(hub_id: str, config: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a hub data set's split `train`, fetched as they are needed."""
     try:
         import datasets  # noqa: PLC0415 - heavy, and needed for hub data sets only
     except ImportError:
         raise MissingExtra("datasets", "hub", f"there is no file {hub_id}, and reading a hub data set") from None
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(hub_id, config, split="train", streaming=True)
+        yield from datasets.load_dataset(hub_id, config or None, split="train", streaming=True)
     except Exception as error:  # the hub clients raise types of several libraries; each becomes one clear line
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ArtifactError(
             f"no file named {hub_id!r} here, and the hub did not give a data set of that name: "
             f"{type(error).__name__}: {reason}"
         ) from error
-    return rows

@@ -230,6 +230,7 @@ def _manifest(
         "store": {"dtype": token_dtype(vocabulary.size).name, "vocabulary_size": vocabulary.size},
         "report": {
             "read": dict(corpus.read),
+            "cleaned away": {"characters": corpus.cleaned_away},
             "dropped": {reason: dict(count) for reason, count in corpus.dropped.items()},
             "kept": {split: dict(count) for split, count in kept.items()},
         },
@@ -238,11 +239,15 @@ def _manifest(
 
 def report_rows(report: Mapping[str, Any]) -> list[Row]:
     """Return a store's report as rows: documents, characters, words and tokens that were read, dropped and kept."""
-    parts = [("read", "all", report["read"])]
-    parts += [("dropped", reason, count) for reason, count in report["dropped"].items()]
-    parts += [("kept", split, count) for split, count in report["kept"].items()]
-    rows = []
-    for fate, name, count in parts:
-        system = fate if fate == "read" else f"{fate}: {name}"
-        rows += [Row(unit.replace("_", " "), float(n), unit.split("_")[-1], system) for unit, n in count.items()]
-    return rows
+    return [
+        Row(metric.replace("_", " "), float(count), metric.split("_")[-1], system)
+        for system, counts in report_lines(report).items()
+        for metric, count in counts.items()
+    ]
+
+
+def report_lines(report: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return a store's report line by line: what was read, cleaned away, dropped and kept, each with its counts."""
+    lines = {name: report[name] for name in ("read", "cleaned away")}
+    lines |= {f"dropped: {reason}": counts for reason, counts in report["dropped"].items()}
+    return lines | {f"kept: {split}": counts for split, counts in report["kept"].items()}

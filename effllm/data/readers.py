@@ -107,7 +107,7 @@ def parse_records(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, record) of an opened file, its columns renamed; `read_records` says what is raised."""
     for number, record in _parse(stream, file_format(path), path):
-        yield number, _rename(record, columns or {}, path)
+        yield number, renamed(record, columns or {}, path)
 
 
 def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -147,13 +147,14 @@ def _parse_table(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, 
         raise ArtifactError(f"{path}:{start} is not valid {kind[1:]}: {error}") from None
 
 
-def _rename(record: dict[str, Any], columns: Mapping[str, str], path: Path) -> dict[str, Any]:
-    renamed = dict(record)
+def renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: object) -> dict[str, Any]:
+    """Return a record with the columns that `columns` maps under effllm's names too; `where` names it in errors."""
+    result = dict(record)
     for ours, theirs in columns.items():
         if theirs not in record:
-            raise SettingError(f"{path} has no column {theirs!r} (columns: {', '.join(map(str, record))})")
-        renamed[ours] = record[theirs]
-    return renamed
+            raise SettingError(f"{where} has no column {theirs!r} (columns: {', '.join(map(str, record))})")
+        result[ours] = record[theirs]
+    return result
 
 
 def read_examples(

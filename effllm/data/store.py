@@ -1,17 +1,19 @@
 """The token store: a corpus as token ids on disk, memory-mapped, so that any place is reached at once.
 
-DIR/effllm.json                 what it is made of, the report, the digest of every file
-DIR/tokenizer/                  the tokenizer, as transformers reads it
-DIR/train/, DIR/dev/            tokens.bin (uint16 or uint32), starts.bin (uint8), documents.bin (int64)
+    DIR/effllm.json         what it is made of, the report, the digest of every file
+    DIR/tokenizer/          the tokenizer, as transformers reads it
+    DIR/train/, DIR/dev/    tokens.bin (uint16 or uint32), starts.bin (uint8), documents.bin (int64)
+
+All numbers are little-endian.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -53,13 +55,10 @@ class TokenStore:
         path = Path(folder)
         manifest = read_manifest(path)
         entry = manifest.get("store")
-        if (
-            manifest.get("kind") != KIND
-            or not isinstance(entry, dict)
-            or entry.get("dtype") not in {"uint16", "uint32"}
-        ):
-            raise ArtifactError(f"{path} is not a token store; make one with: effllm prepare FILE… --out DIR")
-        tokens = _map(path, f"{split}/{TOKENS}", manifest["files"], np.dtype(f"<{np.dtype(entry['dtype']).str[1:]}"))
+        dtype = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, dict) else None
+        if manifest.get("kind") != KIND or dtype is None:
+            raise ArtifactError(f"{path} is not a token store; make one with: effllm prepare FILE… --out {path.name}")
+        tokens = _map(path, f"{split}/{TOKENS}", manifest["files"], dtype)
         starts = _map(path, f"{split}/{STARTS}", manifest["files"], np.dtype(np.uint8))
         offsets = _map(path, f"{split}/{DOCUMENTS}", manifest["files"], np.dtype("<i8"))
         if len(starts) != len(tokens) or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(tokens):
@@ -89,8 +88,8 @@ def _map(folder: Path, name: str, files: dict[str, object], dtype: np.dtype) -> 
         raise ArtifactError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _fingerprint(files: dict[str, dict[str, str]], split: str) -> str:
-    parts = {name: entry["sha256"] for name, entry in files.items() if name.startswith((f"{split}/", f"{TOKENIZER}/"))}
+def _fingerprint(files: dict[str, object], split: str) -> str:
+    parts = {name: entry for name, entry in files.items() if name.startswith((f"{split}/", f"{TOKENIZER}/"))}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,30 +97,30 @@ class StoreWriter:
     """Appends documents to a split that is being written; use it as a context manager."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
-        path = folder / split
-        path.mkdir(parents=True)
+        (folder / split).mkdir(parents=True)
         self._dtype = dtype
-        self._tokens = (path / TOKENS).open("wb")
-        self._starts = (path / STARTS).open("wb")
-        self._documents = (path / DOCUMENTS).open("wb")
+        self._stack = contextlib.ExitStack()
+        self._tokens, self._starts, self._documents = (
+            self._stack.enter_context((folder / split / name).open("wb")) for name in (TOKENS, STARTS, DOCUMENTS)
+        )
         self._end = 0
-        self._documents.write(np.int64(0).astype("<i8").tobytes())
+        self._mark()
 
     def append(self, ids: np.ndarray, starts: np.ndarray) -> None:
         """Append one document: its ids (n,) and word starts (n,)."""
         self._tokens.write(ids.astype(self._dtype).tobytes())
         self._starts.write(starts.astype(np.uint8).tobytes())
         self._end += len(ids)
-        self._documents.write(np.int64(self._end).astype("<i8").tobytes())
+        self._mark()
+
+    def _mark(self) -> None:
+        self._documents.write(np.array(self._end, dtype="<i8").tobytes())
 
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for stream in (self._tokens, self._starts, self._documents):
-            stream.close()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:

@@ -72,9 +72,9 @@ def train_tokenizer(kind: str, vocabulary_size: int, texts: Texts, *, lowercase:
 def _wordpiece(size: int, texts: Texts, lowercase: bool) -> Trained:
     """Train WordPiece with BERT's normaliser and pre-tokeniser, to which Han characters and punctuation stand alone."""
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    splitter = pre_tokenizers.BertPreTokenizer()
-    alphabet = _alphabet(normalizers.BertNormalizer(lowercase=lowercase), texts())
-    inner = [f"##{c}" for c in alphabet if len(splitter.pre_tokenize_str(f"a{c}")) == 1]
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+    alphabet = _alphabet(normalizer, texts())
+    inner = [f"##{c}" for c in alphabet if len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{c}"))) == 1]
     first = [*special.values(), *alphabet, *inner]
     _check_size("wordpiece", size, len(special), len(alphabet) + len(inner))
     trainer = trainers.WordPieceTrainer(
@@ -88,7 +88,7 @@ def _wordpiece(size: int, texts: Texts, lowercase: bool) -> Trained:
         return made
 
     learner = tokenizer(models.WordPiece(unk_token=special["unk"]))
-    learner.train_from_iterator(_covered(normalizers.BertNormalizer(lowercase=lowercase), texts(), alphabet), trainer)
+    learner.train_from_iterator(_covered(normalizer, texts(), alphabet), trainer)
     # A tokenizer of its own for the vocabulary: the learner holds the alphabet as special tokens.
     backend = tokenizer(models.WordPiece(learner.get_vocab(with_added_tokens=False), unk_token=special["unk"]))
     settings = {"do_lower_case": lowercase, "strip_accents": None, "tokenize_chinese_chars": True}

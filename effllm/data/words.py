@@ -13,22 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from effllm.data.characters import LONE, MARK, PUNCTUATION, SPACE, classes
+from effllm.data.characters import LONE, MARK, PUNCTUATION, SPACE, classes, code_points
 
 
 def word_starts(text: str) -> np.ndarray:
     """Return for each character whether a word begins there, bool (len(text),)."""
     kinds = classes(text)
+    spaces = kinds == SPACE
+    after_space = np.append(True, spaces)[:-1]
+    joins = (kinds == MARK) & ~after_space
     lone = (kinds == LONE) | (kinds == PUNCTUATION)
-    joins = kinds == MARK
-    places = np.where(joins, -1, np.arange(len(kinds)))
-    base = np.maximum.accumulate(places) if len(places) else places
-    before = np.concatenate([[-1], base[:-1]])[: len(kinds)]  # the last character before that is no mark
-    breaks = before < 0
-    known = ~breaks
-    breaks[known] = (lone | (kinds == SPACE))[before[known]]
-    after_space = np.concatenate([[True], kinds[:-1] == SPACE])[: len(kinds)]
-    return np.asarray((kinds != SPACE) & (lone | (~joins & breaks) | (joins & after_space)))
+    base = np.maximum.accumulate(np.where(joins, -1, np.arange(len(kinds))))  # each character's own, or what it joins
+    after_lone = np.append(False, lone[base])[:-1]
+    return np.asarray(~spaces & ~joins & (lone | after_space | after_lone))
 
 
 def token_starts(texts: Sequence[str], encodings: Sequence[Any]) -> list[np.ndarray]:
@@ -36,7 +33,7 @@ def token_starts(texts: Sequence[str], encodings: Sequence[Any]) -> list[np.ndar
 
     `encodings` are those of `tokenizers`, without special tokens; their offsets count characters. Of the tokens that a
     character is split into, only the first begins its word. A token of nothing but the space before a word (a leading
-    marker that stands alone) begins that word; other white space is a word of its own.
+    marker that stands alone) begins that word; any other white space is a word of its own.
     """
     joined = "\n".join([*texts, ""])
     bases = np.cumsum([0, *(len(text) + 1 for text in texts)])[:-1]
@@ -56,12 +53,11 @@ def _starts(text: str, first: np.ndarray, end: np.ndarray) -> np.ndarray:
     begin = next_visible[np.minimum(first, len(text))]
     covers = begin < end
     covered = np.maximum.accumulate(np.concatenate([[0], np.where(covers, end, 0)]))[:-1]
-    begins = np.zeros(len(first), dtype=bool)
-    begins[covers] = word_starts(text)[begin[covers]]
-    begins &= begin >= covered
-    line_ends = np.append(0, np.cumsum(np.frombuffer(text.encode("utf-32-le"), np.uint32) == ord("\n")))
+    words = np.append(0, np.cumsum(word_starts(text)))  # how many have begun before a place
+    begins = covers & (words[np.minimum(begin + 1, len(text))] > words[covered])
+    line_ends = np.append(0, np.cumsum(code_points(text) == ord("\n")))
     blank = ~covers
-    marker = blank & (end - first <= 1) & (line_ends[np.minimum(end, len(text))] == line_ends[first])
-    marker &= np.append(begins[1:] & (begin[1:] == next_visible[end[:-1]]), False)
+    follows = begins[1:] & (begin[1:] == begin[:-1]) & (line_ends[begin[1:]] == line_ends[first[:-1]])
+    marker = blank & (end - first <= 1) & np.append(follows, False)
     begins[1:] &= ~marker[:-1]
     return np.asarray(begins | blank)
