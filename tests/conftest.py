@@ -117,3 +117,11 @@ def minilm() -> Path:
     from effllm.data.packaged import minilm
 
     return minilm()
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small token store, as `prepare` writes them."""
+    from stores import write_store
+
+    return write_store(tmp_path_factory.mktemp("tokens") / "store")

@@ -69,7 +69,7 @@ def packed_attention(
     out = functional.scaled_dot_product_attention(
         unpack(query), unpack(key), unpack(value), attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    flat = out.transpose(1, 2).reshape(n * width, *query.shape[1::2])
+    flat = out.transpose(1, 2).reshape(n * width, *value.shape[1::2])
     return (flat if whole else flat[real.reshape(-1)])[None], None
 
 

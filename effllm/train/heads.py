@@ -22,8 +22,8 @@ def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dro
     """Return the model with the task's head, float32.
 
     The head is the folder's own where it has one with the same labels, else a new one, drawn by the seed. `labels` is
-    one name for a regression head and empty for tasks without labels. `dropout` of -1 leaves the config's. Raises Unsupported
-    for a task that is not fine-tuned or a folder whose model is already quantised, ArtifactError when weights of the
+    one name for a regression head and empty for tasks without labels. `dropout` of -1 leaves the config's. Raises
+    Unsupported for a task that is not fine-tuned or a quantised model, ArtifactError when weights of the
     encoder are missing.
     """
     if task.name not in FINETUNED:
