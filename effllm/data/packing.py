@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from effllm.data.masking import EVALUATION, Masking, check_rate, mask_keys, mask_packed
+from effllm.data.masking import EVALUATION, Masking, mask_keys, mask_packed
 from effllm.data.order import permuted
 from effllm.data.ragged import ranges
 from effllm.data.samples import Samples, pair_keys
@@ -81,7 +81,7 @@ class PretrainStream:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             indices[chosen] = permuted(places[chosen], len(self.samples), self.seed, int(epoch))
-        rate = self.masking.rate if self.rate_at is None else check_rate(self.rate_at(step))
+        rate = self.masking.rate if self.rate_at is None else self.rate_at(step)
         return _batch(self.samples, self.vocabulary, self.masking, rate, self.seed, epochs, indices)
 
 

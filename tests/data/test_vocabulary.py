@@ -93,7 +93,7 @@ def test_a_missing_special_token_is_named(role: str, tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_in_the_vocabulary_is_not_guessed(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="has no cls token.*'<first>' is not in its vocabulary"):
+    with pytest.raises(ArtifactError, match=r"has no cls token.*'<first>' is not in its vocabulary"):
         Vocabulary.read(write(tmp_path, [*SPECIAL, "a"], config={**NAMES, "cls_token": "<first>"}))
 
 
