@@ -60,7 +60,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
     from effllm.data.prepare import report_lines
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for name in ("documents", "characters", "words", "tokens", "unknown"):
         table.add_column(name, justify="right")

@@ -5,7 +5,7 @@ What stays in memory is about 40 bytes for each document.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +15,7 @@ import numpy as np
 
 from effllm.data.clean import Cleaning, clean
 from effllm.data.dedup import BandKeys, exact_duplicates, near_duplicates, normalised, shingles, text_digest
+from effllm.data.draws import SAMPLE, stream_keys, uniform
 from effllm.progress import Track, silent
 
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near duplicate"
@@ -82,18 +83,19 @@ class Corpus:
         return np.setdiff1d(places, near, assume_unique=True)
 
     def _all_digests(self) -> np.ndarray:
-        return np.frombuffer(bytes(self._digests), dtype=np.uint8).reshape(-1, 16)
+        return np.frombuffer(self._digests, dtype=np.uint8).reshape(-1, 16)
 
-    def draws(self, places: np.ndarray, purpose: str) -> np.ndarray:
-        """Return a number in [0, 1) for each place, float64: a pure function of its text and of the purpose."""
-        key = hashlib.blake2b(purpose.encode(), digest_size=32).digest()
-        digests = self._all_digests()[places]
-        drawn = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in digests)
-        return (np.frombuffer(drawn, dtype="<u8") >> np.uint64(11)) / 2.0**53
+    def draws(self, places: np.ndarray, purpose: int, seed: int) -> np.ndarray:
+        """Return a number in [0, 1) for each place, float64: a pure function of its text, the purpose and the seed."""
+        words = self._all_digests().view("<u8")[places, 0]
+        return uniform(stream_keys(purpose, seed, 0, words))
 
-    def size_bytes(self, places: np.ndarray) -> int:
-        """Return how many bytes the texts at some places have."""
-        return int(np.diff(np.array(self._ends, dtype=np.int64))[places].sum())
+    def sample(self, places: np.ndarray, most_bytes: float, seed: int) -> np.ndarray:
+        """Return some of the places, chosen by text and seed, whose texts have at most so many bytes, or are one."""
+        sizes = np.diff(np.array(self._ends))[places]
+        chosen = np.flatnonzero(self.draws(places, SAMPLE, seed) * sizes.sum() < most_bytes)
+        fitting = chosen[np.cumsum(sizes[chosen]) <= most_bytes]
+        return places[fitting if len(fitting) else slice(1)]
 
     def texts(self, places: Iterable[int]) -> Iterator[str]:
         """Yield the texts at some places."""
@@ -106,15 +108,11 @@ class Corpus:
         """Return the text at a place."""
         return next(self.texts([place]))
 
-    def chunks(self, places: np.ndarray, characters: int) -> Iterator[list[int]]:
-        """Yield the places in lists whose texts have at most so many characters together, or are one text."""
-        chunk: list[int] = []
-        size = 0
-        for place in places.tolist():
-            if chunk and size + self._characters[place] > characters:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(place)
-            size += self._characters[place]
-        if chunk:
-            yield chunk
+    def chunks(self, places: np.ndarray, characters: int) -> list[np.ndarray]:
+        """Cut places into runs whose texts have at most so many characters together, or are one text."""
+        ends = np.cumsum(np.array(self._characters)[places])
+        cuts = [0]
+        while cuts[-1] < len(places):
+            before = ends[cuts[-1] - 1] if cuts[-1] else 0
+            cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, before + characters, side="right"))))
+        return [places[first:end] for first, end in itertools.pairwise(cuts)]

@@ -96,7 +96,8 @@ def near_duplicates(
     pairs = candidate_pairs(keys, places)
     sets = functools.lru_cache(maxsize=16)(lambda place: shingles(normalised(text_of(place))))
     dropped: set[int] = set()
-    for earlier, later in track(pairs.tolist(), "comparing near duplicates", len(pairs)):
+    for pair in track(pairs, "comparing near duplicates", len(pairs)):
+        earlier, later = pair.tolist()
         if later not in dropped and earlier not in dropped and jaccard(sets(earlier), sets(later)) >= threshold:
             dropped.add(later)
     return np.array(sorted(dropped), dtype=np.int64)

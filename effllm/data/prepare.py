@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from effllm.data.clean import Cleaning
 from effllm.data.corpus import DEV, DROPPED, TRAIN, Corpus
 from effllm.data.documents import Source, open_source
+from effllm.data.draws import SPLIT
 from effllm.data.settings import PrepareSettings, flag
 from effllm.data.store import KIND, SPLITS, TOKENIZER, StoreWriter, token_dtype
 from effllm.data.tokenizer_training import TRAINERS, save_tokenizer, train_tokenizer
@@ -112,7 +113,7 @@ def _existing_tokenizer(settings: PrepareSettings) -> Path | None:
     name = settings.tokenizer
     if name in TRAINERS:
         return None
-    if not Path(name).exists() and get_close_matches(name, TRAINERS, n=1, cutoff=0.6):
+    if get_close_matches(name, TRAINERS, n=1, cutoff=0.6) and not Path(name).exists():
         raise unknown_name("tokenizer", name, [*TRAINERS, "or a folder or hub id"])
     trained_only = ("vocab_size", "case", "max_length", "sample_mb")
     changed = [f.name for f in fields(settings) if f.name in trained_only and getattr(settings, f.name) != f.default]
@@ -161,7 +162,7 @@ def _split(corpus: Corpus, settings: PrepareSettings, track: Track) -> np.ndarra
             "only one document is left, and train and dev need one each: put an empty line between documents, give "
             f"more text, or pass --dev-share 0 (dropped: {corpus.why_dropped() or 'none'})"
         )
-    draws = corpus.draws(kept, f"split {settings.seed}")
+    draws = corpus.draws(kept, SPLIT, settings.seed)
     dev = draws < settings.dev_share
     if dev.all() or not dev.any():
         dev = np.arange(len(kept)) == np.argmin(draws)
@@ -170,8 +171,7 @@ def _split(corpus: Corpus, settings: PrepareSettings, track: Track) -> np.ndarra
 
 
 def _train_tokenizer(corpus: Corpus, places: np.ndarray, settings: PrepareSettings, folder: Path) -> None:
-    share = settings.sample_mb * 1e6 / corpus.size_bytes(places)
-    sample = places[corpus.draws(places, f"tokenizer {settings.seed}") < share].tolist()
+    sample = corpus.sample(places, settings.sample_mb * 1e6, settings.seed)
     trained = train_tokenizer(
         settings.tokenizer, settings.vocab_size, lambda: corpus.texts(sample), lowercase=settings.lowercase
     )
@@ -189,7 +189,7 @@ def _tokenise(
     backend.encode_special_tokens = True
     unknown = _unknown_id(backend)
     count = Counter(documents=0, characters=0, words=0, tokens=0, unknown_tokens=0)
-    chunks = list(corpus.chunks(places, CHUNK_CHARACTERS))
+    chunks = corpus.chunks(places, CHUNK_CHARACTERS)
     with StoreWriter(staging, split, token_dtype(vocabulary.size)) as writer:
         for chunk in track(chunks, f"tokenising {split}", len(chunks)):
             texts = list(corpus.texts(chunk))
@@ -224,7 +224,7 @@ def _manifest(
     return {
         "kind": KIND,
         "task": "fill-mask",
-        "parent": {"name": ", ".join(entry["name"] for entry in inputs)},
+        "parent": {"name": inputs[0]["name"] + (f" and {len(inputs) - 1} more" if len(inputs) > 1 else "")},
         "inputs": inputs,
         "steps": [{"verb": "prepare", "settings": to_json(settings)}],
         "store": {"dtype": token_dtype(vocabulary.size).name, "vocabulary_size": vocabulary.size},

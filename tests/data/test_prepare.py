@@ -219,40 +219,45 @@ def test_the_tokenizer_is_trained_on_train_only(tmp_path: Path) -> None:
     assert files_of(both / "tokenizer") != files_of(whole / "tokenizer")
 
 
-def test_a_sample_bounds_what_the_tokenizer_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from effllm.data import prepare as module
-
-    seen: list[int] = []
-    train = module.train_tokenizer
-
-    def recording(kind: str, size: int, texts, *, lowercase: bool):
-        seen.append(sum(len(text.encode()) for text in texts()))
-        return train(kind, size, texts, lowercase=lowercase)
-
-    monkeypatch.setattr(module, "train_tokenizer", recording)
-    file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(4000)), encoding="utf-8")
-    assert file.stat().st_size > 1_500_000
-    settings = PrepareSettings(tokenizer="bpe", vocab_size=300, sample_mb=1, near_duplicates=1)
-    prepare([file], tmp_path / "out", settings)
-    assert 800_000 < seen[0] <= 1_000_000
-
-
-def test_an_existing_tokenizer_is_taken_as_it_is(store: Variant, classifier: Path, tmp_path: Path) -> None:
+def test_an_existing_tokenizer_is_taken_as_it_is(store: Variant, tmp_path: Path) -> None:
     file = text_file(tmp_path / "a.txt", documents(20, seed=3))
     folder = prepare([file], tmp_path / "out", PrepareSettings(tokenizer=str(store.path), dev_share=0.2)).path
-    kept = files_of(store.path / "tokenizer")
-    assert files_of(folder / "tokenizer") == kept
+    assert files_of(folder / "tokenizer") == files_of(store.path / "tokenizer")
     model = tmp_path / "model"
-    shutil.copytree(classifier, model)
+    shutil.copytree(store.path / "tokenizer", model)
+    (model / "model.safetensors").write_bytes(b"weights")
     backend = Tokenizer.from_file(str(model / "tokenizer.json"))
     backend.enable_truncation(8)
     backend.enable_padding()
-    backend.save(str(model / "tokenizer.json"))
-    variant = prepare([file], tmp_path / "model-tokens", PrepareSettings(tokenizer=str(model), dev_share=0.2))
-    assert "model.safetensors" not in files_of(variant.path / "tokenizer")
-    assert variant.manifest["store"]["vocabulary_size"] == backend.get_vocab_size()
-    assert np.diff(TokenStore.open(variant.path).offsets).min() > 8
+    (model / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    other = prepare([file], tmp_path / "other", PrepareSettings(tokenizer=str(model), dev_share=0.2)).path
+    assert files_of(other / "tokenizer") == files_of(folder / "tokenizer")
+    assert files_of(other / "train") == files_of(folder / "train")
+    assert np.diff(TokenStore.open(other).offsets).min() > 8
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken", "no mask"])
+def test_a_tokenizer_that_cannot_serve_is_refused_before_any_work(
+    damage: str, store: Variant, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(store.path / "tokenizer", folder)
+    if damage == "missing":
+        (folder / "tokenizer.json").unlink()
+    elif damage == "broken":
+        (folder / "tokenizer.json").write_text("{}")
+    else:
+        for file in folder.iterdir():
+            file.write_text(file.read_text(encoding="utf-8").replace("[MASK]", "[KSAM]"), encoding="utf-8")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            (folder / name).write_text(json.dumps({k: v for k, v in config.items() if k != "mask_token"}))
+    assert run(corpus, "--out", tmp_path / "out", "--tokenizer", folder) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert {"missing": "has no tokenizer.json", "broken": "is not a tokenizer", "no mask": "has no mask token"}[
+        damage
+    ] in errors[0]
 
 
 def test_lines_of_work_are_tracked(corpus: Path, tmp_path: Path) -> None:
