@@ -43,7 +43,7 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._characters)
 
-    def fill(self, batches: Iterable[list[str]]) -> None:
+    def fill(self, batches: Iterable[Iterable[str]]) -> None:
         """Clean and append documents, dropping what is no text."""
         with self._texts_file.open("ab") as texts, self._keys_file.open("ab") as keys:
             for raw in (text for batch in batches for text in batch):

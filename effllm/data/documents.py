@@ -7,6 +7,8 @@ In a .txt file an empty line ends a document, and a first line such as `# id=12 
 from __future__ import annotations
 
 import difflib
+import itertools
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,6 @@ from effllm.data.readers import SUFFIXES, file_format, open_text, parse_records,
 from effllm.errors import ArtifactError, MissingExtra, SettingError
 
 STEP_BYTES = 2**20
-STEP_ROWS = 1000
 MAX_CHARACTERS = 10_000_000
 """The longest document that is taken; a text file without empty lines is longer, and would not fit in memory."""
 
@@ -34,14 +35,14 @@ class Source:
     columns: Mapping[str, str]
     steps: int
 
-    def batches(self) -> Iterator[list[str]]:
-        """Yield the documents, in lists of about 1 MiB of the file each (1,000 rows of a data set).
+    def batches(self) -> Iterator[Iterator[str]]:
+        """Yield the documents in at most `steps` runs, each read as it is taken, in order.
 
         Raises ArtifactError or SettingError naming file and line for whatever cannot be read, and for an empty file.
         """
-        if self.kind == "hub":
-            return _rows(self)
-        return _file(self)
+        texts = _rows(self) if self.kind == "hub" else _file(self)
+        for _, run in itertools.groupby(texts, key=operator.itemgetter(0)):
+            yield (text for _, text in run)
 
 
 def open_source(name: str | Path, columns: Mapping[str, str] | None = None) -> Source:
@@ -69,22 +70,17 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else f" (the folder {path.parent} has none of that name)"
 
 
-def _file(source: Source) -> Iterator[list[str]]:
+def _file(source: Source) -> Iterator[tuple[int, str]]:
+    """Yield (step, text) of each document of a file."""
     path = Path(source.name)
+    number = 0
     with open_text(path) as (stream, raw):
-        batch: list[str] = []
-        step = number = 0
         for number, text in _paragraphs(stream, path) if source.kind == ".txt" else _column(stream, source):
             if len(text) > MAX_CHARACTERS:
                 raise ArtifactError(_too_long(path, number))
-            batch.append(text)
-            if raw.tell() // STEP_BYTES > step:
-                step = raw.tell() // STEP_BYTES
-                yield batch
-                batch = []
+            yield raw.tell() // STEP_BYTES, text
     if not number:
         raise ArtifactError(f"{path} holds no documents")
-    yield batch
 
 
 def _too_long(path: Path, number: int) -> str:
@@ -133,18 +129,14 @@ def _text(record: Mapping[str, Any], where: str) -> str:
     raise SettingError(f"{where}: {found} (columns: {names}); name the right one with --columns text=…")
 
 
-def _rows(source: Source) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _rows(source: Source) -> Iterator[tuple[int, str]]:
+    """Yield (0, text) of each row of a data set: how many there are is not known."""
     number = 0
     for number, record in enumerate(_stream(*source.name.partition(":")[::2]), start=1):
         where = f"{source.name}, row {number}"
-        batch.append(_text(renamed(record, source.columns, where), where))
-        if len(batch) == STEP_ROWS:
-            yield batch
-            batch = []
+        yield 0, _text(renamed(record, source.columns, where), where)
     if not number:
         raise ArtifactError(f"{source.name} holds no documents")
-    yield batch
 
 
 def _stream(hub_id: str, config: str) -> Iterator[Mapping[str, Any]]:

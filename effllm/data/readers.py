@@ -21,6 +21,8 @@ from effllm.errors import ArtifactError, SettingError
 from effllm.tasks import Example, Head, Task
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".txt")
+FIELD_CHARACTERS = 10_000_000
+"""The longest field of a table: a whole document, but not a whole file where a quotation mark is missing."""
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -133,6 +135,8 @@ def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[s
 
 
 def _parse_table(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the records of a table. Sets the longest field of the module csv, for the whole process."""
+    csv.field_size_limit(FIELD_CHARACTERS)
     reader = csv.reader(stream, delimiter="," if kind == ".csv" else "\t", strict=True)
     header: list[str] = []
     start = 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from effllm.data import documents
+from effllm.data import documents, readers
 from effllm.data.documents import open_source
 from effllm.errors import ArtifactError, EffllmError, MissingExtra, SettingError
 
@@ -108,22 +108,33 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 
 def test_a_document_too_long_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MAX_CHARACTERS", 100)
-    lines = "short\n\n" + "a line of text\n" * 20
-    message = refused(file(tmp_path, "a.txt", lines))
+    lines = "short\n\n" + "a line of text\n" * 20_000
+    message = refused(file(tmp_path, "a.txt", lines.encode() + b"\xff"))  # found before all of it was read
     assert "a.txt:3: a document of more than 100 characters starts here; put an empty line between" in message
     assert "a.jsonl:2: a document" in refused(file(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": "%s"}' % ("x" * 101)))
-    assert read(file(tmp_path, "b.txt", "x" * 100)) == ["x" * 100]
+    assert read(file(tmp_path, "b.txt", "x" * 100 + "\n\n" + "y" * 100)) == ["x" * 100, "y" * 100]
 
 
 def test_a_large_file_comes_in_batches_as_it_is_read(tmp_path: Path) -> None:
     good = "x" * 1000 + "\n\n"
     path = file(tmp_path, "a.txt", good.encode() * 5000 + b"\xff")
-    source = open_source(path)
-    batches = source.batches()
+    batches = open_source(path).batches()
     first = next(batches)
-    assert 1000 <= len(first) <= 1200  # one MiB, and what is read ahead
+    assert next(first) == "x" * 1000
+    assert 1000 <= 1 + len(list(first)) <= 1200  # one MiB, and what is read ahead
     with pytest.raises(ArtifactError, match=r"a\.txt:10001 is not UTF-8"):
-        list(batches)
+        [list(batch) for batch in batches]
+
+
+def test_a_field_of_a_table_may_be_a_long_document_but_not_a_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read(file(tmp_path, "a.csv", "text\n" + "x" * 200_000)) == ["x" * 200_000]
+    monkeypatch.setattr(readers, "FIELD_CHARACTERS", 1000)
+    unclosed = 'text\n"a\n' + "b\n" * 1000
+    assert "a.csv:2 is not valid csv: field larger than field limit (1000)" in refused(
+        file(tmp_path, "a.csv", unclosed)
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2**20 - 2, 2**20, 3 * 2**20 + 5])
@@ -151,9 +162,8 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: object) -> list[tuple]:
 def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     calls = fake_datasets(monkeypatch, [{"body": f"text {i}"} for i in range(2500)])
-    batches = list(open_source("owner/name:config", {"text": "body"}).batches())
-    assert [len(batch) for batch in batches] == [1000, 1000, 500]
-    assert batches[2][-1] == "text 2499"
+    batches = [list(batch) for batch in open_source("owner/name:config", {"text": "body"}).batches()]
+    assert batches == [[f"text {i}" for i in range(2500)]]
     fake_datasets(monkeypatch, [{"text": "a"}, {"body": "b"}])
     assert "owner/name, row 2: no column 'text' (columns: body)" in refused("owner/name", SettingError)
     fake_datasets(monkeypatch, [{"body": "b", "text": "a"}])
@@ -163,6 +173,9 @@ def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fake_datasets(monkeypatch, [])
     assert "owner/name holds no documents" in refused("owner/name")
     assert calls == [("owner/name", "config", "train", True)]
+    calls = fake_datasets(monkeypatch, [{"text": "a"}])
+    assert read("owner/name") == ["a"]
+    assert calls == [("owner/name", None, "train", True)]
 
 
 def test_a_hub_that_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
