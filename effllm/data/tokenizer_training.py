@@ -22,7 +22,11 @@ from effllm.errors import MissingExtra, SettingError
 from effllm.folder import write_json
 
 COVERAGE = 0.9999
-"""The share of the characters that the alphabet of WordPiece and Unigram covers; rarer characters are unknown."""
+"""The share of the text's characters that the alphabet of WordPiece and Unigram is to cover; others are unknown."""
+LEAST_COVERAGE = 0.995
+"""The share that it must cover."""
+ALPHABET_SHARE = 0.9
+"""The most of a vocabulary that single characters take beyond `LEAST_COVERAGE`; Chinese has thousands of rare ones."""
 MIN_FREQUENCY = 2
 BYTES = 256
 LINE_CHARACTERS = 2000
@@ -73,10 +77,15 @@ def _wordpiece(size: int, texts: Texts, lowercase: bool) -> Trained:
     """Train WordPiece with BERT's normaliser and pre-tokeniser, to which Han characters and punctuation stand alone."""
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
-    alphabet = _alphabet(normalizer, texts())
-    inner = [f"##{c}" for c in alphabet if len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{c}"))) == 1]
-    first = [*special.values(), *alphabet, *inner]
-    _check_size("wordpiece", size, len(special), len(alphabet) + len(inner))
+
+    def within_words(character: str) -> bool:
+        return len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{character}"))) == 1
+
+    def tokens(character: str) -> list[str]:
+        return [character, f"##{character}"] if within_words(character) else [character]
+
+    alphabet, spare = _alphabet("wordpiece", size, len(special), normalizer, texts(), lambda c: len(tokens(c)))
+    first = [*special.values(), *(token for character in alphabet for token in tokens(character))]
     trainer = trainers.WordPieceTrainer(
         vocab_size=size, min_frequency=MIN_FREQUENCY, show_progress=False, special_tokens=first, limit_alphabet=0
     )
@@ -90,7 +99,10 @@ def _wordpiece(size: int, texts: Texts, lowercase: bool) -> Trained:
     learner = tokenizer(models.WordPiece(unk_token=special["unk"]))
     learner.train_from_iterator(_covered(normalizer, texts(), alphabet), trainer)
     # A tokenizer of its own for the vocabulary: the learner holds the alphabet as special tokens.
-    backend = tokenizer(models.WordPiece(learner.get_vocab(with_added_tokens=False), unk_token=special["unk"]))
+    vocabulary = learner.get_vocab(with_added_tokens=False)
+    for token in [token for character in spare for token in tokens(character)][: size - len(vocabulary)]:
+        vocabulary[token] = len(vocabulary)
+    backend = tokenizer(models.WordPiece(vocabulary, unk_token=special["unk"]))
     settings = {"do_lower_case": lowercase, "strip_accents": None, "tokenize_chinese_chars": True}
     return Trained(backend, special, {"tokenizer_class": "BertTokenizer", **settings})
 
@@ -98,7 +110,8 @@ def _wordpiece(size: int, texts: Texts, lowercase: bool) -> Trained:
 def _bpe(size: int, texts: Texts, lowercase: bool) -> Trained:
     """Train byte-level BPE, to which no text is unknown, and which gives back the text that it was given."""
     special = _roberta_tokens()
-    _check_size("bpe", size, len(special), BYTES)
+    if size < len(special) + BYTES:
+        raise _too_small("bpe", size, len(special), BYTES, "bytes")
     backend = Tokenizer(models.BPE())
     if lowercase:
         backend.normalizer = normalizers.Lowercase()
@@ -124,8 +137,7 @@ def _unigram(size: int, texts: Texts, lowercase: bool) -> Trained:
     special = _roberta_tokens()
     steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])]
     normalizer = normalizers.Sequence([*steps, normalizers.Replace(Regex(r"\s+"), " ")])
-    alphabet = _alphabet(normalizer, texts())
-    _check_size("unigram", size, len(special), len(alphabet) + 1)
+    alphabet, spare = _alphabet("unigram", size, len(special) + 1, normalizer, texts(), lambda _: 1)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_pieces(_covered(normalizer, texts(), alphabet)),
@@ -145,6 +157,8 @@ def _unigram(size: int, texts: Texts, lowercase: bool) -> Trained:
     )
     learnt = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = [(learnt.id_to_piece(i), learnt.get_score(i)) for i in range(1, learnt.get_piece_size())]
+    least = min(score for _, score in pieces)
+    pieces += [(character, least) for character in spare[: size - len(special) - len(pieces)]]
     scored = [*((token, 0.0) for token in special.values()), *pieces]
     backend = Tokenizer(models.Unigram(scored, unk_id=list(special).index("unk"), byte_fallback=False))
     backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizers.Metaspace()
@@ -165,24 +179,35 @@ def _generic(special: dict[str, str]) -> dict[str, Any]:
     return {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
 
 
-def _check_size(kind: str, size: int, special: int, characters: int) -> None:
-    if size < special + characters:
-        raise SettingError(
-            f"--vocab-size {size} is too small: {kind} needs at least {special + characters} tokens for this text "
-            f"({special} special ones and {characters} single {'bytes' if kind == 'bpe' else 'characters'})"
-        )
+def _too_small(kind: str, size: int, special: int, single: int, what: str) -> SettingError:
+    return SettingError(
+        f"--vocab-size {size} is too small: {kind} needs at least {special + single} tokens for this text "
+        f"({special} special ones and {single} single {what})"
+    )
 
 
-def _alphabet(normalizer: Any, texts: Iterable[str]) -> list[str]:
-    """Return the visible characters of the normalised texts that make up `COVERAGE` of them, sorted."""
+def _alphabet(
+    kind: str, size: int, special: int, normalizer: Any, texts: Iterable[str], cost: Callable[[str], int]
+) -> tuple[list[str], list[str]]:
+    """Return the commonest visible characters of the normalised texts, sorted, and spare ones, the commonest first.
+
+    Both together cover `COVERAGE` of the text. The first are those that fit into `ALPHABET_SHARE` of the vocabulary, at
+    `cost` tokens each; the others fill what is left. Raises SettingError when `LEAST_COVERAGE` does not fit.
+    """
     counts = np.zeros(0x110000, dtype=np.int64)
     for text in texts:
         found, times = np.unique(code_points(normalizer.normalize_str(text)), return_counts=True)
         counts[found] += times
     counts[[code for code in counts.nonzero()[0] if chr(code).isspace()]] = 0
-    by_count = np.argsort(-counts, kind="stable")
-    needed = int(np.searchsorted(np.cumsum(counts[by_count]), COVERAGE * counts.sum())) + 1
-    return [chr(code) for code in sorted(by_count[:needed]) if counts[code]]
+    by_count = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    covered = np.cumsum(counts[by_count])
+    costs = np.cumsum([cost(chr(code)) for code in by_count])
+    wanted, least = (int(np.searchsorted(covered, share * counts.sum())) + 1 for share in (COVERAGE, LEAST_COVERAGE))
+    if len(costs) and costs[least - 1] > size - special:
+        raise _too_small(kind, size, special, int(costs[least - 1]), "characters")
+    fitting = int(np.searchsorted(costs, ALPHABET_SHARE * (size - special), side="right"))
+    taken = min(wanted, max(least, fitting))
+    return [chr(code) for code in sorted(by_count[:taken])], [chr(code) for code in by_count[taken:wanted]]
 
 
 def _covered(normalizer: Any, texts: Iterable[str], alphabet: list[str]) -> Iterator[str]:

@@ -213,6 +213,21 @@ def test_the_rarest_characters_are_unknown(kind: str) -> None:
     assert unknown in backend.encode("\u4e00").ids
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_a_small_vocabulary_leaves_out_the_rarest_of_many_characters(kind: str) -> None:
+    han = [chr(0x4E00 + i) for i in range(400)]
+    sample = [c * 400 + " " + "abc abd abe bcd cde " * 2 for c in han[:150]] + [" ".join(han[150:]), "the ace " * 50]
+    trained = train(kind, 300, sample)
+    characters = {token for token in trained.backend.get_vocab() if token in han}
+    assert set(han[:150]) <= characters
+    assert 250 < len(characters) < 290  # what the few words leave free is filled with characters
+    assert trained.backend.get_vocab_size() == 300
+    pieces = [token for token in trained.backend.get_vocab() if len(token.strip("#▁")) > 1]
+    assert len(pieces) > 5
+    if kind == "wordpiece":  # Han characters have no form within words
+        assert not any(f"##{c}" in trained.backend.get_vocab() for c in han)
+
+
 def test_long_texts_are_given_to_sentencepiece_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_training, "LINE_CHARACTERS", 20)
     pieces: Callable = tokenizer_training._pieces
