@@ -458,3 +458,12 @@ def test_conditions_read_as_words():
     assert text.conditions({"threads": 4, "tokens": "mix", "data": "d.jsonl"}) == "real lengths of d.jsonl, 4 threads"
     assert text.shorten("abcdefghij", 5) == "ab…ij"
     assert text.shorten("abc", 5) == "abc"
+
+
+def test_metrics_of_one_evaluation_stand_side_by_side():
+    rows = [row(name, value, "absolute", "a", how=QUALITY) for name, value in (("accuracy", 0.9), ("macro f1", 0.8))]
+    rows.append(row("f1", 0.7, "absolute", "a", how={**QUALITY, "data": "other.jsonl"}))
+    first, second = all_tables(Measured.of(rows))
+    assert first.title.startswith("accuracy, macro f1 on dev.jsonl")
+    assert first.header == ("system", "accuracy", "macro f1")
+    assert second.header == ("system", "f1")

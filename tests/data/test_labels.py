@@ -40,7 +40,7 @@ def test_labels_are_sorted_and_numbers_go_by_value(tmp_path: Path, labels: list,
 
 @pytest.mark.parametrize(
     ("labels", "score_range"),
-    [([0.0, 1.0], (0, 1)), ([1, 2.5, 4], (1, 4)), (["-1e1", "2", ".5"], (-10, 2)), ([0.5, "3."], (0.5, 3))],
+    [([0.0, 1.0], (0, 1)), ([1, 2.5, 4], (1, 4)), (["-1E1", "2e0", ".5"], (-10, 2)), ([0.5, "3."], (0.5, 3))],
 )
 def test_floats_are_a_regression(tmp_path: Path, labels: list, score_range: tuple[float, float]) -> None:
     path = labelled(tmp_path / "train.jsonl", labels)
