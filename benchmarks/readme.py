@@ -15,6 +15,7 @@ from effllm.rows import Row, read_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+MASKED = "head on masked positions"
 
 
 def find(rows: list[Row], metric: str, system: str, **how: object) -> Row | None:
@@ -108,7 +109,113 @@ def interop_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"stsb_int8": stsb_table, "graph_form": graph_form_table, "interop": interop_table}
+def exactness_table() -> str:
+    """Return the factors by which loss and gradient norm are off when a batch is split."""
+    rows = read_rows(RESULTS / "trainer_exactness.jsonl")
+    splits = list(dict.fromkeys((row.how["processes"], row.how["accumulation"]) for row in rows))
+    names = [f"{p} process{'es' if p > 1 else ''} × {a}" for p, a in splits]
+    lines = ["| model | | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(splits)]
+    for model in dict.fromkeys(row.how["model"] for row in rows):
+        for system in dict.fromkeys(row.system for row in rows):
+            cells = []
+            for processes, accumulation in splits:
+                how = {"model": model, "processes": processes, "accumulation": accumulation}
+                loss, norm = (find(rows, f"{metric} factor", system, **how) for metric in ("loss", "gradient norm"))
+                cells.append(f"{loss.value:.3f} / {norm.value:.3f}" if loss and norm else "–")
+            lines.append(f"| {model} | {system} | " + " | ".join(cells) + " |")
+    return "\n".join(
+        [*lines, "", "Loss / gradient norm over those of the undivided batch; processes × accumulation steps."]
+    )
+
+
+def training_table() -> str:
+    """Return what was measured on training, one line each, from the files that are there."""
+    lines = ["| what | measured |", "|---|---|"]
+    for name, sentences in TRAINING.items():
+        file = RESULTS / f"{name}.jsonl"
+        if not file.is_file():
+            continue
+        rows = read_rows(file)
+        for what, metric, system, form in sentences:
+            row = find(rows, metric, system)
+            if row:
+                bounds = "" if row.low is None or row.high is None else f" [{form(row.low)}, {form(row.high)}]"
+                lines.append(f"| {what} | {form(row.value)}{bounds} |")
+    return "\n".join([*lines, *_finetuned_lines()])
+
+
+def _finetuned_lines() -> list[str]:
+    file = RESULTS / "finetuning.jsonl"
+    if not file.is_file():
+        return []
+    rows = read_rows(file)
+    lines = []
+    for system in dict.fromkeys(row.system for row in rows):
+        own = [row for row in rows if row.system == system]
+        metric = own[0].metric
+        found = [find(own, metric, system, split=split) for split in ("dev", "test")]
+        parts = [f"{row.how['split']} {row.value:.4f}" for row in found if row]
+        first = own[0]
+        seeds = f"median of {first.n} seeds" if first.n > 1 else "one seed"
+        what = f"all-MiniLM-L6-v2 fine-tuned on {system}, {first.how['examples']:,} examples, {seeds}: {metric}"
+        lines.append(f"| {what} | {', '.join(parts)} |")
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f} points"
+
+
+def _times(value: float) -> str:
+    return text.ratio(value)[0]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+TRAINING: dict[str, list[tuple[str, str, str, Callable[[float], str]]]] = {
+    "masked_head": [
+        ("a step with the head on masked positions, over one with it on all", "speed-up", MASKED, _times),
+        ("share of a step that goes into making its batch", "data share of a step", MASKED, _percent),
+    ],
+    "known_optimum": [
+        (
+            "masked loss above the least possible one, in a language where that is known, nats",
+            "gap to the least possible",
+            "effllm pretrain",
+            _number,
+        ),
+    ],
+    "transfer": [
+        (
+            "SST-2 dev accuracy from 2,000 examples, random weights, median of 5 seeds",
+            "accuracy",
+            "random weights",
+            _percent,
+        ),
+        ("the same after ten minutes of pre-training", "accuracy", "pre-trained", _percent),
+        ("gain, mean of the 5 paired differences", "gain", "pre-trained", _points),
+        (
+            "the pre-trained model on all 67,349 examples, one epoch, one seed",
+            "accuracy",
+            "pre-trained, all examples",
+            _percent,
+        ),
+    ],
+}
+"""File of rows -> (what it says, metric, system, how it is written)."""
+TABLES = {
+    "stsb_int8": stsb_table,
+    "graph_form": graph_form_table,
+    "trainer_exactness": exactness_table,
+    "training": training_table,
+    "interop": interop_table,
+}
 
 
 def rendered(readme: str) -> str:

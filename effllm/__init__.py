@@ -27,12 +27,16 @@ if TYPE_CHECKING:
         GateFailed,
         MissingExtra,
         SettingError,
+        TrainingStopped,
         Unsupported,
     )
     from effllm.lineup import BenchSettings, bench
     from effllm.rows import Row
     from effllm.runtime.predictor import Predictor, open_predictor
     from effllm.tasks import TASKS
+    from effllm.train.finetune import finetune
+    from effllm.train.pretrain import pretrain
+    from effllm.train.settings import FinetuneSettings, PretrainSettings
     from effllm.variant import Variant
 
     open = open_predictor
@@ -49,12 +53,16 @@ _HOMES = {
         "GateFailed",
         "MissingExtra",
         "SettingError",
+        "TrainingStopped",
         "Unsupported",
     ),
     "effllm.lineup": ("BenchSettings", "bench"),
     "effllm.rows": ("Row",),
     "effllm.runtime.predictor": ("Predictor", "open_predictor"),
     "effllm.tasks": ("TASKS",),
+    "effllm.train.finetune": ("finetune",),
+    "effllm.train.pretrain": ("pretrain",),
+    "effllm.train.settings": ("FinetuneSettings", "PretrainSettings"),
     "effllm.variant": ("Variant",),
 }
 
@@ -66,20 +74,25 @@ __all__ = [
     "BenchSettings",
     "CheckFailed",
     "EffllmError",
+    "FinetuneSettings",
     "GateFailed",
     "Int8",
     "MissingExtra",
     "Predictor",
     "PrepareSettings",
+    "PretrainSettings",
     "Row",
     "SettingError",
+    "TrainingStopped",
     "Unsupported",
     "Variant",
     "bench",
     "compress",
     "export",
+    "finetune",
     "open",
     "prepare",
+    "pretrain",
 ]
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from effllm.errors import SettingError
 from effllm.settings import build, describe, split_spec, to_json
 
-
 QUICK = settings(deadline=None, max_examples=60)
 
 

@@ -31,7 +31,9 @@ ROOT = HERE.parents[1]
 WORK = ROOT / ".interop"
 ROWS = ROOT / "benchmarks" / "results" / "interop.jsonl"
 
-LONG = " ".join(f"This is sentence number {i} of a text that is longer than any of the models can take." for i in range(40))
+LONG = " ".join(
+    f"This is sentence number {i} of a text that is longer than any of the models can take." for i in range(40)
+)
 TEXTS = (
     "The cat sat on the mat.",
     "effllm makes encoder models smaller, and proves that they still answer as before.",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from effllm.cli.console import print_rows, say, write_json
@@ -47,10 +45,9 @@ def finetune(
     resume: bool,
     force: bool,
     json_file: str | None,
-    **flags: Any,
+    settings: FinetuneSettings,
 ) -> None:
     """Fine-tune MODEL on labelled examples; the best checkpoint on --dev becomes the folder --out."""
-    settings = FinetuneSettings(**flags)
     from pathlib import Path
 
     from effllm.variant import Variant, check_target

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import click
 
@@ -21,22 +22,30 @@ HTML = click.option("--html", "html_file", metavar="FILE", help="Write a self-co
 
 
 def settings_options(cls: type[Any], skip: Sequence[str] = ()) -> Callable[[F], F]:
-    """Return a decorator that adds a flag for each field of a settings dataclass: its name, type, default and help."""
-    hints = typing.get_type_hints(cls)
+    """Return a decorator that gives a verb a flag for each field of a settings dataclass.
 
-    def add(function: F) -> F:
-        for f in reversed(dataclasses.fields(cls)):
-            if f.name in skip:
-                continue
+    Flags are made from the fields' names, types, defaults and help; the verb gets them as one argument, `settings`.
+    """
+    hints = typing.get_type_hints(cls)
+    chosen = [f for f in dataclasses.fields(cls) if f.name not in skip]
+
+    def add(verb: F) -> F:
+        @functools.wraps(verb)
+        def _with_settings(**flags: Any) -> Any:
+            settings = cls(**{f.name: flags.pop(f.name) for f in chosen})
+            return verb(settings=settings, **flags)
+
+        function: Any = _with_settings
+        for f in reversed(chosen):
             kind, flag = hints[f.name], "--" + f.name.replace("_", "-")
             text = str(f.metadata["help"])
             text = text[0].upper() + text[1:] + "."
             if kind is bool:
-                option = click.option(f"{flag}/--no-{flag[2:]}", f.name, default=f.default, help=text)
+                function = click.option(f"{flag}/--no-{flag[2:]}", f.name, default=f.default, help=text)(function)
             else:
                 shown = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
                 option = click.option(flag, f.name, type=shown, default=f.default, show_default=True, help=text)
-            function = option(function)
-        return function
+                function = option(function)
+        return cast("F", function)
 
     return add

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from effllm.cli.console import say
@@ -26,16 +24,16 @@ Examples:
 @settings_options(PretrainSettings)
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint of --out.")
 @FORCE
-def pretrain(data: str, out: str, resume: bool, force: bool, **flags: Any) -> None:
+def pretrain(data: str, out: str, resume: bool, force: bool, settings: PretrainSettings) -> None:
     """Pre-train a masked language model on DIR, a folder that `effllm prepare` wrote.
 
     OUT/last and OUT/best are model folders that transformers loads. A run that was killed goes on with --resume,
     bit for bit on the CPU.
     """
-    settings = PretrainSettings(**flags)
     from effllm.cli.training import follow
     from effllm.train.pretrain import pretrain as run
 
     records = run(data, out, settings, resume=resume, force=force)
     follow((("", record) for record in records), settings.log_every)
-    say(f"wrote {out}: last and best are model folders — try: effllm report {out} --html run.html")
+    say(f"wrote {out}: last and best are model folders, report.html shows the run")
+    say(f"try: effllm predict {out}/best 'a text with a [MASK] in it'")

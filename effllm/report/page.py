@@ -11,13 +11,24 @@ import markupsafe
 
 from effllm.report import text
 from effllm.report.measured import Measured
-from effllm.report.plots import all_figures
+from effllm.report.plots import Figure, all_figures
 from effllm.report.tables import Table, all_tables, glance
 from effllm.rows import Row
 
 
-def html_page(rows: Iterable[Row], title: str, notes: Sequence[str] = ()) -> str:
-    """Return an HTML page with the plots and tables of `rows`; `notes` are shown under the title."""
+def html_page(
+    rows: Iterable[Row],
+    title: str,
+    notes: Sequence[str] = (),
+    *,
+    figures: Sequence[Figure] | None = None,
+    renew_s: int = 0,
+) -> str:
+    """Return an HTML page with the plots and tables of `rows`; `notes` are shown under the title.
+
+    `figures` stand in place of the plots that the rows allow. With `renew_s` the browser loads the page again every so
+    many seconds.
+    """
     measured = Measured.of(rows)
     template = importlib.resources.files("effllm.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -30,7 +41,8 @@ def html_page(rows: Iterable[Row], title: str, notes: Sequence[str] = ()) -> str
         notes=[text.plain(note) for note in notes],
         summary=_summary(measured),
         glance=glance(measured),
-        figures=all_figures(measured) if measured.rows else [],
+        figures=figures if figures is not None else all_figures(measured) if measured.rows else [],
+        renew_s=renew_s,
         sections=_sections(all_tables(measured)),
         methods=_methods(measured),
     )

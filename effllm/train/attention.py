@@ -20,8 +20,8 @@ NAME = "effllm_packed"
 
 def register() -> None:
     """Make `attn_implementation="effllm_packed"` known to transformers. Calling it again changes nothing."""
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, no_mask)
+    AttentionInterface.register(NAME, _packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
 
 
 def sequence_index(lengths: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def sequence_index(lengths: torch.Tensor) -> torch.Tensor:
     return torch.where(places < lengths[:, None], places + starts[:, None], -1)
 
 
-def packed_attention(
+def _packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -83,5 +83,5 @@ def _mask(real: torch.Tensor, window: int | None) -> torch.Tensor:
     return (seen & near) | (seen & ~real[:, None, :, None])
 
 
-def no_mask(**_: object) -> None:
-    """Give the model no mask: `packed_attention` makes its own from `sequence_index`."""
+def _no_mask(**_: object) -> None:
+    """Give the model no mask: `_packed_attention` makes its own from `sequence_index`."""

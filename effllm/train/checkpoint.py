@@ -91,7 +91,7 @@ def save(
     `write_model(folder)` writes config, weights and tokenizer. Every process must call this, as the optimiser's state
     may be spread over them. Raises ArtifactError when the disk is full; the checkpoints before survive.
     """
-    tensors = state_tensors(loop.optimizer, loop.model)
+    tensors = state_tensors(loop.optimizer, loop.bare_model)
     if not loop.accelerator.is_main_process:
         return None
     folder = run / CHECKPOINTS / f"step-{progress.step:08d}"
@@ -129,7 +129,7 @@ def newest(run: Path) -> tuple[Variant, Progress] | None:
 
 def restore(loop: Loop, checkpoint: Variant, progress: Progress) -> None:
     """Put the optimiser's state and the loop's place back; the model was loaded from the checkpoint's folder."""
-    load_state_tensors(loop.optimizer, loop.model, load_file(checkpoint.path / OPTIMIZER))
+    load_state_tensors(loop.optimizer, loop.bare_model, load_file(checkpoint.path / OPTIMIZER))
     loop.step, loop.elapsed_s = progress.step, progress.elapsed_s
 
 

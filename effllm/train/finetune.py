@@ -117,6 +117,7 @@ def _runs(
             "parent": {"name": goal.folder.path.name, "weights_sha256": weights_digest(goal.folder)},
             "steps": [step],
             "max_length": _tokenizer(goal.folder, settings).max_length,
+            "score_range": list(goal.head.score_range),
             "train": {"examples": len(goal.train), "sha256": digest(goal.train)},
             "dev": {"data": goal.dev_name, "examples": len(goal.dev), "sha256": digest(goal.dev)},
         }

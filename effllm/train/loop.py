@@ -96,6 +96,12 @@ class Loop:
     step: int = 0
     elapsed_s: float = 0.0
 
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without what distributes or compiles it, whose parameters have the same names everywhere."""
+        bare: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return bare
+
     def run(self) -> Iterator[StepRecord]:
         """Train until the steps or the seconds are over; yield after each step, with the model in train mode.
 

@@ -15,14 +15,10 @@ from effllm.errors import ArtifactError, SettingError, unknown_name
 from effllm.folder import find, open_folder
 from effllm.train.attention import NAME, register
 
-PRESETS: dict[str, dict[str, int]] = {
-    "tiny": {"num_hidden_layers": 2, "hidden_size": 128},
-    "mini": {"num_hidden_layers": 4, "hidden_size": 256},
-    "small": {"num_hidden_layers": 4, "hidden_size": 512},
-    "medium": {"num_hidden_layers": 8, "hidden_size": 512},
-    "base": {"num_hidden_layers": 12, "hidden_size": 768},
-}
-"""Name -> shape of a BERT after Turc et al. 2019, table 1: heads of 64, FFN four times as wide as the states."""
+SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
+"""Size -> (layers, width), after Turc et al. 2019, table 1; heads of 64."""
+PRESETS = (*SHAPES, *(f"modern-{size}" for size in SHAPES))
+"""What `--model` takes besides folders: a BERT of that size, or a ModernBERT of the same layers and width."""
 
 
 def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: str, seed: int) -> Any:
@@ -47,18 +43,28 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
     return model
 
 
-def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transformers.BertConfig:
-    """Return a preset's configuration. Dropout is off: a pre-training run sees each token a few times at most."""
-    shape = PRESETS[name]
+def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transformers.PretrainedConfig:
+    """Return a preset's configuration.
+
+    Dropout is off: a pre-training run sees each token a few times at most. The ModernBERT presets attend over the whole
+    sequence in every layer, and their gated FFN is as large as the BERT's.
+    """
+    layers, width = SHAPES[name.removeprefix("modern-")]
+    shared = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": max(1, width // 64),
+        "vocab_size": vocabulary.size,
+        "max_position_embeddings": max(512, max_length),
+        "pad_token_id": vocabulary.pad_id,
+    }
+    if name.startswith("modern-"):
+        ends = {"cls_token_id": vocabulary.cls_id, "sep_token_id": vocabulary.sep_id}
+        ends |= {"bos_token_id": vocabulary.cls_id, "eos_token_id": vocabulary.sep_id}
+        gated = 8 * width // 3 // 64 * 64
+        return transformers.ModernBertConfig(**shared, **ends, intermediate_size=gated, global_attn_every_n_layers=1)
     return transformers.BertConfig(
-        **shape,
-        num_attention_heads=max(1, shape["hidden_size"] // 64),
-        intermediate_size=4 * shape["hidden_size"],
-        vocab_size=vocabulary.size,
-        max_position_embeddings=max(512, max_length),
-        pad_token_id=vocabulary.pad_id,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        **shared, intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
 
 

@@ -96,7 +96,7 @@ def check_objective(objective: str, model_type: str) -> None:
     if objective != "mlm" and model_type not in PAIR_MODELS:
         raise Unsupported(
             f"{objective} needs a sentence-pair head, which {model_type!r} models do not have "
-            f"({', '.join(PAIR_MODELS)} have one); use --objective mlm"
+            f"({', '.join(PAIR_MODELS)} have one); use --model mini or --objective mlm"
         )
 
 

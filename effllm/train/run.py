@@ -19,9 +19,10 @@ from effllm.errors import SettingError, TrainingStopped
 from effllm.rows import Row
 from effllm.train import checkpoint as checkpoints
 from effllm.train.checkpoint import Progress
-from effllm.train.loop import Loop, LoopSettings, StepRecord, StepSource
+from effllm.train.loop import Loop, StepRecord, StepSource
 from effllm.train.optimizers import build_optimizer
 from effllm.train.runlog import RunLog
+from effllm.train.settings import LoopSettings
 from effllm.variant import Variant
 
 TOKENIZER_FILES = (

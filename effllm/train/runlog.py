@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from effllm import machine
 from effllm.errors import ArtifactError
+from effllm.report.training import RENEW_S, run_page
 from effllm.rows import Row
 from effllm.train import flops
 from effllm.train.loop import StepRecord
 
 LOG = "log.jsonl"
+PAGE = "report.html"
 
 
 class RunLog:
@@ -36,6 +39,7 @@ class RunLog:
         except OSError as error:
             raise ArtifactError(f"cannot write {self._file}: {error.strerror}") from None
         start = {"mfu": flops.FORMULA, "peak_flops": self._peak, "peak": source, "machine": machine.describe()}
+        self._page_at = time.monotonic()
         self._append({"start": start, "step": resumed_at})
 
     def write(self, record: StepRecord) -> None:
@@ -66,8 +70,9 @@ class RunLog:
                 self._board.add_scalar(f"dev/{row.metric}", row.value, step)
 
     def close(self) -> None:
-        """Close the files."""
+        """Write the page for the last time and close the files."""
         self._stream.close()
+        write_page(self._file.parent, live=False)
         if self._board:
             self._board.close()
 
@@ -77,6 +82,20 @@ class RunLog:
             self._stream.flush()
         except OSError as error:
             raise ArtifactError(f"cannot write {self._file}: {error.strerror}") from None
+        if time.monotonic() - self._page_at > RENEW_S:
+            write_page(self._file.parent, live=True)
+            self._page_at = time.monotonic()
+
+
+def write_page(run: Path, *, live: bool) -> None:
+    """Write a run's log as `report.html`. Raises ArtifactError when that cannot be written."""
+    page = run / PAGE
+    partial = page.with_name(f"{page.name}.part")
+    try:
+        partial.write_text(run_page(read_log(run), f"Training run {run.name}", live=live), encoding="utf-8")
+        partial.replace(page)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {page}: {error.strerror}") from None
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

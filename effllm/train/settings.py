@@ -61,7 +61,8 @@ class PretrainSettings(LoopSettings):
     """How to pre-train."""
 
     model: str = field(
-        default="mini", metadata={"help": "tiny, mini, small, medium, base, or a folder with a config or a model"}
+        default="modern-mini",
+        metadata={"help": "[modern-]tiny, mini, small, medium or base, or a folder with a config or a model"},
     )
     objective: Literal["mlm", "mlm+nsp", "mlm+sop"] = field(
         default="mlm", metadata={"help": "masked-LM, with next-sentence or sentence-order prediction"}

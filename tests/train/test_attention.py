@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-
-from effllm.train.attention import NAME, packed_attention, register, sequence_index
-from effllm.train.objectives import position_offset
 from conftest import ARCHITECTURES, make_config
+
+from effllm.train.attention import NAME, _packed_attention, register, sequence_index
+from effllm.train.objectives import position_offset
 
 LENGTHS = [40, 7, 1, 33, 5]
 # Two orders of float32 sums over some hundred terms of size ten: a few units in the last place.
@@ -46,17 +46,17 @@ def test_a_neighbour_changes_nothing_even_when_it_is_not_a_number() -> None:
     module = torch.nn.Module()
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     index = sequence_index(torch.tensor([4, 5]))
-    clean, _ = packed_attention(module, q, k, v, None, sequence_index=index)
+    clean, _ = _packed_attention(module, q, k, v, None, sequence_index=index)
     for x in (q, k, v):
         x[:, :, 4:] = torch.nan
-    poisoned, _ = packed_attention(module, q, k, v, None, sequence_index=index)
+    poisoned, _ = _packed_attention(module, q, k, v, None, sequence_index=index)
     assert torch.equal(clean[:, :4], poisoned[:, :4])
 
 
 def test_the_window_ends_where_transformers_ends_it() -> None:
     q, k = torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 9, 4)
     v = torch.eye(9)[None, None]
-    out, _ = packed_attention(
+    out, _ = _packed_attention(
         torch.nn.Module(), q, k, v, None, sliding_window=3, sequence_index=sequence_index(torch.tensor([9]))
     )
     seen = out[0, :, 0] > 0
@@ -67,4 +67,4 @@ def test_the_window_ends_where_transformers_ends_it() -> None:
 def test_boundaries_are_demanded() -> None:
     x = torch.zeros(1, 1, 3, 4)
     with pytest.raises(ValueError, match="sequence_index"):
-        packed_attention(torch.nn.Module(), x, x, x, None)
+        _packed_attention(torch.nn.Module(), x, x, x, None)

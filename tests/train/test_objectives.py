@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import ARCHITECTURES, make_config
+from test_attention import random_model
 from torch.nn import functional
 
 from effllm.errors import SettingError, Unsupported
 from effllm.train.attention import NAME, register
 from effllm.train.objectives import MaskedLanguageModel
-from conftest import ARCHITECTURES, make_config
-from test_attention import random_model
 
 LENGTHS = [20, 9, 13]
 

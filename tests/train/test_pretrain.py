@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 
 def test_a_resume_with_other_settings_is_refused_by_name(tokens: Path, whole: Path) -> None:
-    with pytest.raises(SettingError, match="learning_rate = 0.002, now it is 0.001"):
+    with pytest.raises(SettingError, match=r"learning_rate = 0\.002, now it is 0\.001"):
         pretrain(tokens, whole, settings(learning_rate=1e-3), resume=True)
 
 

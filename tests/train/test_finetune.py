@@ -1,0 +1,269 @@
+"""Fine-tuning: every head learns, exactly, and what comes out is a model folder that the other verbs take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import ARCHITECTURES, WORDS, make_model
+from safetensors.numpy import load_file
+
+import effllm
+from effllm.errors import ArtifactError, SettingError, Unsupported
+from effllm.train.finetune import finetune
+from effllm.train.settings import FinetuneSettings
+from effllm.train.supervised import cut_passes
+
+GOOD, BAD = WORDS[:12], WORDS[12:24]
+
+
+def write_jsonl(file: Path, records: Sequence[dict]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def classified(n: int = 24) -> list[dict]:
+    """Texts whose label is told by their words."""
+    return [
+        {"text": " ".join((GOOD if i % 2 else BAD)[(i + k) % 12] for k in range(3 + i % 9)), "label": "gb"[i % 2]}
+        for i in range(n)
+    ]
+
+
+def tagged(n: int = 24) -> list[dict]:
+    records = []
+    for i in range(n):
+        words = [WORDS[(3 * i + k) % len(WORDS)] for k in range(4 + i % 5)]
+        records.append({"tokens": words, "tags": ["B-PER" if word in GOOD else "O" for word in words]})
+    return records
+
+
+def answered(n: int = 24) -> list[dict]:
+    records = []
+    for i in range(n):
+        words = [WORDS[(5 * i + k) % len(WORDS)] for k in range(8)]
+        context = f"{' '.join(words)} paris {' '.join(reversed(words))}"
+        records.append({"question": "where", "context": context, "answers": [{"text": "paris"}]})
+    return records
+
+
+def paired(n: int = 24) -> list[dict]:
+    return [
+        {
+            "text": " ".join(GOOD[(i + k) % 12] for k in range(4)),
+            "text_pair": " ".join((GOOD if i % 2 else BAD)[(i + k) % 12] for k in range(4)),
+            "score": float(5 * (i % 2)),
+        }
+        for i in range(n)
+    ]
+
+
+DATA = {
+    "text-classification": classified,
+    "token-classification": tagged,
+    "question-answering": answered,
+    "sentence-similarity": paired,
+}
+HEADS = {"sentence-similarity": "feature-extraction"}
+
+
+def encoder(folder: Path, architecture: str = "bert", task: str = "text-classification") -> Path:
+    return make_model(folder, architecture, HEADS.get(task, task))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT without a head."""
+    return make_model(tmp_path_factory.mktemp("base") / "bert", "bert", "feature-extraction")
+
+
+def run(model: Path, out: Path, task: str, train: Path, **more) -> list:
+    settings = FinetuneSettings(**{"epochs": 1.0, "batch_size": 8, "learning_rate": 3e-3, **more.pop("settings", {})})
+    return list(finetune(model, out, task=task, train=train, settings=settings, **more))
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_every_head_overfits_a_small_set(base: Path, tmp_path: Path, task: str) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", DATA[task]())
+    run(base, tmp_path / "out", task, file, dev=file, settings={"epochs": 40.0, "dropout": 0.0})
+    metric = effllm.Variant.open(tmp_path / "out").rows[0]
+    assert metric.value >= (0.86 if task == "sentence-similarity" else 0.99), metric
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_result_is_a_model_folder_of_the_architecture(architecture: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "base", architecture, "feature-extraction")
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    run(model, tmp_path / "out", "text-classification", file, dev=file)
+    loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert loaded.config.id2label == {0: "b", 1: "g"}
+    assert not (tmp_path / ".out.run").exists()
+    answer = effllm.open(tmp_path / "out", engine="torch").predict("the quick fox")
+    assert answer["label"] in {"b", "g"}
+
+
+def test_a_trained_folder_compresses_and_keeps_its_labels(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    run(base, tmp_path / "out", "text-classification", file, dev=file, settings={"epochs": 10.0})
+    variant = effllm.compress(
+        tmp_path / "out", tmp_path / "small", method=effllm.Int8(activations="static"), dev=file, max_drop=0.5
+    )
+    assert [step["verb"] for step in variant.manifest["steps"]] == ["finetune", "compress"]
+
+
+def test_several_seeds_give_their_median_and_spread_and_the_best_is_kept(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    steps = run(base, tmp_path / "out", "text-classification", file, dev=file, seeds=3)
+    assert sorted({step.seed for step in steps}) == [0, 1, 2]
+    rows = effllm.Variant.open(tmp_path / "out").rows
+    best = next(row for row in rows if row.metric == "accuracy" and row.system == "model")
+    spread = next(row for row in rows if row.metric == "accuracy" and row.system == "median of seeds")
+    assert spread.n == 3
+    assert spread.low <= spread.value <= spread.high == best.value
+
+
+def test_an_interrupted_fine_tuning_goes_on_bit_for_bit(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    more = {"epochs": 4.0, "save_every": 2}
+    run(base, tmp_path / "whole", "text-classification", file, dev=file, seeds=2, settings=more)
+    settings = FinetuneSettings(batch_size=8, learning_rate=3e-3, **more)
+    steps = finetune(
+        base, tmp_path / "out", task="text-classification", train=file, dev=file, seeds=2, settings=settings
+    )
+    for step in steps:
+        if step.seed == 1 and step.record.step == 5:
+            break
+    steps.close()
+    assert not (tmp_path / "out").exists()
+    run(base, tmp_path / "out", "text-classification", file, dev=file, seeds=2, settings=more, resume=True)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_patience_ends_a_run_that_no_longer_gains(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    steps = run(
+        base,
+        tmp_path / "out",
+        "text-classification",
+        file,
+        dev=file,
+        settings={"epochs": 60.0, "patience": 2, "dropout": 0.0},
+    )
+    assert len(steps) < 120
+
+
+@pytest.mark.parametrize("component", ["logits", "hidden", "attention"])
+def test_a_teacher_is_matched_better_and_better(base: Path, tmp_path: Path, component: str) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    run(base, tmp_path / "teacher", "text-classification", file, settings={"epochs": 20.0})
+    weights = {f"distil_{name}": float(name == component) for name in ("logits", "hidden", "attention")}
+    student = make_model(tmp_path / "student", "bert", "feature-extraction")
+    steps = run(
+        student,
+        tmp_path / "out",
+        "text-classification",
+        file,
+        teacher=tmp_path / "teacher",
+        settings={"epochs": 20.0, "label_weight": 0.0, "dropout": 0.0, **weights},
+    )
+    losses = [step.record.losses[component] for step in steps]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_teacher_with_other_labels_is_refused(base: Path, tmp_path: Path, classifier: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    with pytest.raises(SettingError, match="teacher's labels"):
+        run(base, tmp_path / "out", "text-classification", file, teacher=classifier)
+
+
+def test_a_regression_is_learnt_from_float_labels(base: Path, tmp_path: Path) -> None:
+    records = [{"text": r["text"], "label": 0.5 + (r["label"] == "g")} for r in classified()]
+    file = write_jsonl(tmp_path / "data.jsonl", records)
+    run(base, tmp_path / "out", "text-classification", file, dev=file, settings={"epochs": 30.0, "dropout": 0.0})
+    assert effllm.Variant.open(tmp_path / "out").rows[0].metric == "spearman"
+    assert effllm.Variant.open(tmp_path / "out").rows[0].value > 0.8
+
+
+@pytest.mark.parametrize(
+    ("task", "records", "error", "message"),
+    [
+        ("text-classification", [{"text": "a", "label": "x"}], SettingError, "one label only"),
+        ("text-classification", [{"text": "a"}], SettingError, "no column 'label'"),
+        ("fill-mask", [{"text": "a"}], Unsupported, "not fine-tuned"),
+        ("classify", [{"text": "a"}], SettingError, "unknown task"),
+        ("question-answering", [{"question": "a", "context": "b", "answers": ["zzz"]}], SettingError, "passage"),
+    ],
+)
+def test_bad_training_data_is_one_error_and_leaves_nothing(
+    base: Path, tmp_path: Path, task: str, records: list, error: type, message: str
+) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", records)
+    with pytest.raises(error, match=message):
+        run(base, tmp_path / "out", task, file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_a_label_that_train_lacks_is_named_with_its_line(base: Path, tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", classified())
+    dev = write_jsonl(tmp_path / "dev.jsonl", [*classified(3), {"text": "a", "label": "q"}])
+    with pytest.raises(SettingError, match=r"dev.jsonl:4.*'q'"):
+        run(base, tmp_path / "out", "text-classification", train, dev=dev)
+
+
+def test_missing_files_are_named(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere"):
+        run(base, tmp_path / "out", "text-classification", tmp_path / "nowhere.jsonl")
+
+
+def test_passes_hold_every_example_once_and_keep_the_budget() -> None:
+    lengths = sorted([3, 5, 5, 9, 14, 30, 31, 64])
+    passes = cut_passes(lengths, 64, 1)
+    assert [i for part in passes for i in part] == list(range(len(lengths)))
+    assert all(len(part) * lengths[part[-1]] <= 64 for part in passes)
+    assert len(cut_passes(lengths, 10_000, 3)) == 3
+
+
+@pytest.fixture(scope="module")
+def traces(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Every head of BERT and ModernBERT trained in one process and in two."""
+    root = tmp_path_factory.mktemp("processes")
+    models = root / "models"
+    models.mkdir()
+    for task, make in DATA.items():
+        write_jsonl(models / f"{task}.jsonl", make())
+        for architecture in ("bert", "modernbert"):
+            encoder(models / f"{architecture}--{task}", architecture, task)
+    make_model(models / "modernbert--fill-mask", "modernbert", "fill-mask")
+    (models / "modernbert--fill-mask").rename(root / "modernbert--fill-mask")
+    script = str(Path(__file__).with_name("two_processes.py"))
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        arguments = [script, str(models), str(tokens), str(root / name), str(root / "modernbert--fill-mask")]
+        result = subprocess.run([sys.executable, *launch, *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+    return root / "one", root / "two"
+
+
+@pytest.mark.slow
+def test_loss_and_gradient_depend_neither_on_processes_nor_on_passes(traces: tuple[Path, Path]) -> None:
+    one, two = traces
+    groups: dict[str, list[list[list[float]]]] = {}
+    for folder in (one, two):
+        for file in sorted(folder.glob("*.json")):
+            groups.setdefault(file.stem.rpartition("-")[0], []).append(json.loads(file.read_text()))
+    assert len(groups) == 10
+    for name, found in groups.items():
+        assert len(found) == 4, name
+        for other in found[1:]:
+            for (loss, norm), (expected_loss, expected_norm) in zip(other, found[0], strict=True):
+                assert loss == pytest.approx(expected_loss, rel=1e-5), name
+                assert norm == pytest.approx(expected_norm, rel=1e-4), name
