@@ -13,7 +13,7 @@ import numpy as np
 
 from effllm.data.characters import LETTER, LONE, MARK, OTHER, SPACE, classes, code_points
 
-TOO_SHORT, NOT_LETTERS, REPETITIVE = "too short", "mostly not letters", "repetitive"
+TOO_SHORT, NOT_LETTERS, REPETITIVE = "too short", "few letters", "repetitive"
 REPEAT_LENGTH = 16
 
 _LINE_ENDS = re.compile("\r\n?|[\v\f\x1c-\x1e\x85\u2028\u2029]")

@@ -99,7 +99,7 @@ def test_the_report_accounts_for_every_document_and_character(tmp_path: Path) ->
     file = text_file(tmp_path / "corpus.txt", [*texts, *bad])
     report = prepare([file], tmp_path / "out", PrepareSettings(**SMALL)).manifest["report"]
     counts = {reason: count["documents"] for reason, count in report["dropped"].items()}
-    assert counts == {"too short": 2, "mostly not letters": 1, "repetitive": 1, "duplicate": 1, "near duplicate": 1}
+    assert counts == {"too short": 2, "few letters": 1, "repetitive": 1, "duplicate": 1, "near duplicate": 1}
     kept = report["kept"]
     assert report["read"]["documents"] == 66 == sum(counts.values()) + sum(k["documents"] for k in kept.values())
     away = report["cleaned away"]["characters"] + sum(d["characters"] for d in report["dropped"].values())
@@ -297,7 +297,7 @@ GOOD = "\n\n".join(documents(12)).encode()
         ("a.txt", None, [], "no file at"),
         ("a.txt", b"", [], "a.txt holds no documents"),
         ("a.txt", b"too\n\nshort\n\n42 42\n", [], "no text is left of 3 documents: 3 too short"),
-        ("a.txt", b"short\n\n" + b"1997 " * 99, [], "left of 2 documents: 1 too short, 1 mostly not letters"),
+        ("a.txt", b"short\n\n" + b"1997 " * 99, [], "left of 2 documents: 1 too short, 1 few letters"),
         ("a.txt", GOOD.replace(b"\n\n", b"\n"), [], "only one document is left, and train and dev need one each"),
         ("a.txt", GOOD + b"\n\ncaf\xe9\n", [], "is not UTF-8 text"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', [], "a.jsonl:2 is not valid JSON"),
