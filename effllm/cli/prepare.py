@@ -30,14 +30,18 @@ Examples:
 @FORCE
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON lines; - for stdout.")
 def prepare(
-    files: tuple[str, ...], out: str, columns: str | None, force: bool, json_file: str | None, **flags: Any
+    files: tuple[str, ...],
+    out: str,
+    columns: str | None,
+    settings: PrepareSettings,
+    force: bool,
+    json_file: str | None,
 ) -> None:
     """Turn raw text into tokens to train on: clean, drop duplicates, split, train a tokenizer, tokenise.
 
     FILE is .txt (documents separated by empty lines), .jsonl, .csv or .tsv, plain, .gz or .xz, or the name of a hub
     data set. OUT holds a tokenizer that transformers loads and the splits train and dev, which share no document.
     """
-    settings = PrepareSettings(**flags)
     from effllm.cli.console import progress, say, write_json
     from effllm.data.prepare import prepare as run
     from effllm.data.prepare import report_rows

@@ -47,7 +47,8 @@ def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transfo
     """Return a preset's configuration.
 
     Dropout is off: a pre-training run sees each token a few times at most. The ModernBERT presets attend over the whole
-    sequence in every layer, and their gated FFN is as large as the BERT's.
+    sequence in every layer, their gated FFN is as large as the BERT's, and their classifiers pool by the mean: masked-LM
+    training alone gives the first token nothing to say.
     """
     layers, width = SHAPES[name.removeprefix("modern-")]
     shared = {
@@ -62,7 +63,9 @@ def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transfo
         ends = {"cls_token_id": vocabulary.cls_id, "sep_token_id": vocabulary.sep_id}
         ends |= {"bos_token_id": vocabulary.cls_id, "eos_token_id": vocabulary.sep_id}
         gated = 8 * width // 3 // 64 * 64
-        return transformers.ModernBertConfig(**shared, **ends, intermediate_size=gated, global_attn_every_n_layers=1)
+        return transformers.ModernBertConfig(
+            **shared, **ends, intermediate_size=gated, global_attn_every_n_layers=1, classifier_pooling="mean"
+        )
     return transformers.BertConfig(
         **shared, intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )

@@ -158,16 +158,27 @@ class SupervisedModel(nn.Module):
         self.distillation = Distillation(teacher, model, distilled, settings.temperature) if distilled else None
         self._takes = tuple(n for n in INPUTS if n in inspect.signature(model.forward).parameters)
 
-    def forward(self, **arrays: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        target_labels: torch.Tensor | None = None,
+        target_start: torch.Tensor | None = None,
+        target_end: torch.Tensor | None = None,
+        target_score: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the weighted sums (components,), float32.
 
-        `input_ids`, `attention_mask`, `token_type_ids` int64 (n, S), and `target_…` as the task's loss takes them.
+        The inputs are int64 (n, S); the targets are those of the task, as its `targets` describes them.
         """
-        inputs = {name: arrays[name] for name in self._takes}
-        mask = arrays["attention_mask"] == 1
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs = {name: given[name] for name in self._takes}
+        known = {"labels": target_labels, "start": target_start, "end": target_end, "score": target_score}
+        targets = {name: target for name, target in known.items() if target is not None}
+        mask = attention_mask == 1
         wanted = frozenset(self.distillation.components if self.distillation else ())
         seen = self._embedded(observe(self.model, inputs, self._task.outputs, wanted), mask)
-        targets = {name.removeprefix("target_"): v for name, v in arrays.items() if name.startswith("target_")}
         sums = []
         if "label" in self.components:
             sums.append(LOSSES[self._task.name](seen.outputs, targets, mask)[0][None])
