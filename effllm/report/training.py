@@ -78,7 +78,11 @@ def _figure(title: str, axis: str, caption: str, points: Sequence[tuple[float, f
 def _draw(title: str, axis: str, points: Sequence[tuple[float, float]], width: int) -> str:
     x = Scale(float(points[0][0]), float(points[-1][0]), _LEFT, width - _RIGHT)
     values = [float(value) for _, value in points]
-    y = Scale.over(values, _HEIGHT - _BOTTOM, _TOP, zero=min(values) >= 0 and min(values) < 0.3 * max(values))
+    bottom = _HEIGHT - _BOTTOM
+    if 0 <= min(values) < 0.3 * max(values):
+        y = Scale(0.0, 1.06 * max(values), bottom, _TOP)
+    else:
+        y = Scale.over(values, bottom, _TOP)
     canvas = Canvas(width, _HEIGHT, f"{title} over the steps")
     canvas.axes(x, y, "step", f"{axis}, log scale" if y.log else axis)
     canvas.begin("series", f"{title}: {values[-1]:.4g} at step {points[-1][0]}")

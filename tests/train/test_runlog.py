@@ -1,0 +1,69 @@
+"""A run's log and its page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from effllm.errors import ArtifactError
+from effllm.report.training import run_page
+from effllm.train.flops import FlopCount
+from effllm.train.runlog import read_log
+
+
+def line(step: int) -> dict:
+    values = {"loss": 7.0 - 0.1 * step, "learning_rate": 1e-3 / step, "gradient_norm": 1.0, "tokens_per_s": 4000.0}
+    return {"step": step, **values, "mfu": 0.4, "data_wait": 0.01, "elapsed_s": 2.0 * step}
+
+
+START = {"start": {"mfu": "MFU = <formula>", "peak_flops": 1e11, "peak": "measured", "machine": "m"}, "step": 0}
+
+
+def test_the_page_shows_the_curves_and_renews_itself_while_the_run_goes_on() -> None:
+    row = {"metric": "masked loss", "value": 6.0, "unit": "nats", "system": "model"}
+    lines = [START, line(1), line(2), {"step": 2, "evaluation": [row]}, line(3), {"step": 3, "evaluation": [row]}]
+    page = run_page(lines, "Run <1>", live=True)
+    assert 'http-equiv="refresh"' in page
+    assert "Training loss: 6.7 at step 3" in page
+    assert "Dev masked loss: 6 at step 3" in page
+    assert "Run &lt;1&gt;" in page
+    assert "&lt;formula&gt;" in page
+    assert 'http-equiv="refresh"' not in run_page(lines, "Run", live=False)
+
+
+def test_the_page_of_a_run_that_has_just_begun_has_no_curves() -> None:
+    assert "<svg" not in run_page([START], "Run", live=True)
+    assert "<svg" not in run_page([START, line(1)], "Run", live=True)
+
+
+def test_a_last_line_that_a_kill_cut_off_is_left_out_and_another_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps(line(1)) + "\n" + json.dumps(line(2))[:20])
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1]
+    (tmp_path / "log.jsonl").write_text('{"step"\n' + json.dumps(line(2)) + "\n")
+    with pytest.raises(ArtifactError, match="damaged"):
+        read_log(tmp_path)
+    with pytest.raises(ArtifactError, match="cannot read"):
+        read_log(tmp_path / "none")
+
+
+def test_the_count_of_operations_is_that_of_the_matrix_products() -> None:
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    model = transformers.AutoModelForMaskedLM.from_config(config)
+    count = FlopCount.of(model)
+    assert count.layer_weights == 2 * (4 * 32 * 32 + 2 * 32 * 64)
+    assert count.head_weights == 32 * 32 + 32 * 100
+    tokens, masked, length = 60, 9, 20
+    attention = 12 * 2 * 32 * length * tokens
+    assert (
+        count.step(tokens, masked, 3) == 6 * count.layer_weights * tokens + attention + 6 * count.head_weights * masked
+    )
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(3, length, dtype=torch.int64)).logits.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(count.step(tokens, tokens, 3), rel=0.1)
