@@ -24,7 +24,7 @@ from effllm.runtime.tokenizer import TextTokenizer
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import TASKS, Example, Head, Task
-from effllm.train.heads import load_for_task
+from effllm.train.heads import check_task, load_for_task
 from effllm.train.loop import StepRecord
 from effllm.train.publish import RESULT, publish, weights_digest, write_result
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, tokenizer_files, train
@@ -132,6 +132,7 @@ def _supervision(
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
     chosen = TASKS[task]
+    check_task(chosen)
     folder = open_folder(model)
     found = read_labels(Path(train), chosen, columns)
     head = Head(labels=found.labels, pooling=read_pooling(folder.path).mode, score_range=found.score_range)

@@ -26,8 +26,7 @@ def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dro
     Unsupported for a task that is not fine-tuned or a quantised model, ArtifactError when weights of the
     encoder are missing.
     """
-    if task.name not in FINETUNED:
-        raise Unsupported(f"{task.name} is not fine-tuned; the tasks are {', '.join(FINETUNED)}")
+    check_task(task)
     if folder.config.get("quantization_config"):
         raise Unsupported(f"{folder.path} is quantised; fine-tune the dense model")
     register()
@@ -55,6 +54,12 @@ def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dro
     if missing:
         raise ArtifactError(f"{folder.path} lacks weights of its encoder, such as {missing[0]}")
     return model
+
+
+def check_task(task: Task) -> None:
+    """Raise Unsupported for a task that is not fine-tuned."""
+    if task.name not in FINETUNED:
+        raise Unsupported(f"{task.name} is not fine-tuned; the tasks are {', '.join(FINETUNED)}")
 
 
 def _label_settings(task: Task, labels: Sequence[str]) -> dict[str, Any]:

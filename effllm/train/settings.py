@@ -34,12 +34,14 @@ class LoopSettings:
     beta2: float = field(default=0.98, metadata={"help": "decay of the mean squared gradient"})
     epsilon: float = field(default=1e-6, metadata={"help": "added to the root of the mean squared gradient"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm; 0 = no clipping"})
-    precision: Literal["fp32", "bf16"] = field(default="fp32", metadata={"help": "fp32, or bf16 autocast"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    precision: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "how products are computed: in fp32, or in bf16 by autocast"}
+    )
+    compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
     workers: int = field(default=0, metadata={"help": "processes that prepare batches; does not change results"})
     seed: int = field(default=0, metadata={"help": "decides initial weights, order, masks and dropout"})
     log_every: int = field(default=10, metadata={"help": "steps between lines of the log"})
-    save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0 = only at the end"})
+    save_every: int = field(default=500, metadata={"help": "steps between checkpoints; 0 = only at the end"})
     keep: int = field(default=2, metadata={"help": "checkpoints to keep, besides the best"})
 
     def __post_init__(self) -> None:

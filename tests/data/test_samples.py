@@ -107,9 +107,10 @@ def test_a_sample_does_not_depend_on_its_batch(sizes, max_length, objective, see
         assert packed.pair_labels[row] == (NO_PAIR if sample.pair_label is None else sample.pair_label)
 
 
+@pytest.mark.parametrize("word_share", [0.7, 0.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_word_starts_and_maskable_places_follow_the_tokens(objective: str) -> None:
-    store, vocabulary = numbered([70, 200, 31, 3])
+def test_word_starts_and_maskable_places_follow_the_tokens(objective: str, word_share: float) -> None:
+    store, vocabulary = numbered([70, 200, 31, 3], word_share=word_share)
     vocabulary = Vocabulary(vocabulary.size, CLS, SEP, 4, 0, (0, 1, 2, 3, 4, FIRST + 50), vocabulary.ordinary)
     packed = everything(Samples(store, vocabulary, 40, objective))
     place = 0
@@ -179,6 +180,13 @@ def test_lengths_and_edges_do_not_give_the_label_away(pairs, model) -> None:
         assert guesser.score(features[half:], labels[half:]) <= 0.55
 
 
+def test_neither_segment_is_the_longer_one() -> None:
+    store, vocabulary = numbered(np.full(4000, 61), word_share=0.3)
+    segments = texts(everything(Samples(store, vocabulary, 64, "mlm+nsp")))
+    longer = np.array([len(a) > len(b) for a, b in segments])
+    assert longer.mean() == pytest.approx(0.5, abs=4 * 0.5 / len(longer) ** 0.5)
+
+
 @pytest.mark.parametrize("objective", PAIRS)
 def test_pairs_change_with_epoch_and_seed_and_are_replayed(objective: str) -> None:
     store, vocabulary = numbered(np.full(300, 100))
@@ -212,13 +220,16 @@ def test_a_sample_takes_the_memory_of_a_sample(tmp_path: Path) -> None:
     mapped = MemoryStore(
         np.memmap(tmp_path / "tokens", np.uint32, "r"), np.memmap(tmp_path / "starts", np.uint8, "r"), store.offsets
     )
-    samples = Samples(mapped, vocabulary, 128, "mlm+nsp")
     tracemalloc.start()
+    samples = Samples(mapped, vocabulary, 128, "mlm+nsp")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    assert peak_bytes < 1_000_000 + vocabulary.size
+    tracemalloc.reset_peak()
     for index in range(0, len(samples), 997):
         samples.sample(index, (0, 0, index))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < 64_000
+    assert peak_bytes < 64_000 + vocabulary.size
 
 
 def test_an_unknown_objective_is_refused_with_the_nearest() -> None:
