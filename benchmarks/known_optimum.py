@@ -118,7 +118,7 @@ def main() -> None:
     seconds = parser.parse_args().seconds
     matrix = language()
     settings = PretrainSettings(
-        model="tiny",
+        model="modern-tiny",
         seconds=seconds,
         batch_size=64,
         max_length=LENGTH + 2,
@@ -142,7 +142,7 @@ def main() -> None:
         own, least = compare(trained, folder, matrix)
     gap = own - least
     error = float(gap.std(ddof=1) / np.sqrt(len(gap)))
-    how = {"seconds": seconds, "steps": steps, "mask rate": 0.15, "model": "2 layers of 128"}
+    how = {"seconds": seconds, "steps": steps, "mask rate": 0.15, "model": "modern-tiny, 2 layers of 128"}
     where = machine.describe()
     rows = [
         Row("masked loss", float(own.mean()), "nats", "effllm pretrain", len(own), how=how, machine=where),

@@ -19,6 +19,7 @@ from effllm.compression.int8 import weight_levels
 from effllm.compression.int8_graph import find_linears
 from effllm.data.split import fingerprint
 from effllm.exporters.graph import Graph, module_of
+from effllm.exporters.layout import class_settings
 from effllm.machine import InstructionSet
 from effllm.variant import sha256
 
@@ -268,3 +269,36 @@ def test_weights_use_seven_bits_without_a_dot_product(made, tmp_path: Path, monk
     graph = Graph(onnx.load(str(variant.path / "onnx/model_quantized.onnx")))
     stack = [n for n in graph._constants if n.endswith(".weight_int8") and ".layer." in n]
     assert max(np.abs(graph.constant(name).astype(int)).max() for name in stack) == 63
+
+
+BERT_NORMALIZER = {
+    "type": "BertNormalizer",
+    "lowercase": False,
+    "strip_accents": None,
+    "handle_chinese_chars": True,
+    "clean_text": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "backend", "expected"),
+    [
+        ("bert", {"model": {"type": "WordPiece"}, "normalizer": BERT_NORMALIZER}, "BertTokenizer"),
+        ("bert", {"model": {"type": "WordPiece"}, "normalizer": {"type": "NFC"}}, "PreTrainedTokenizerFast"),
+        ("bert", {"model": {"type": "BPE"}, "normalizer": None}, "PreTrainedTokenizerFast"),
+        (
+            "roberta",
+            {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+            "RobertaTokenizer",
+        ),
+        ("roberta", {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Whitespace"}}, "PreTrainedTokenizerFast"),
+        ("xlm-roberta", {"model": {"type": "Unigram"}}, "XLMRobertaTokenizer"),
+        ("modernbert", {"model": {"type": "BPE"}}, "PreTrainedTokenizerFast"),
+    ],
+)
+def test_a_tokenizer_gets_the_class_that_its_parts_fit(model_type: str, backend: dict, expected: str) -> None:
+    settings = class_settings(model_type, backend)
+    assert settings["tokenizer_class"] == expected
+    # Transformers 4 lower-cases, and drops the leading space, unless the settings say otherwise.
+    assert settings.get("do_lower_case") is (False if expected == "BertTokenizer" else None)
+    assert settings.get("add_prefix_space") is (True if expected == "RobertaTokenizer" else None)

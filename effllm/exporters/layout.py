@@ -6,7 +6,9 @@ these tools still read: boolean pooling keys, the old module paths, `max_seq_len
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ from effllm.folder import read_json, write_json
 from effllm.runtime.pooling import MODE_KEYS, Pooling, read_pooling
 
 TOKENIZER_CLASSES = {
-    "bert": "BertTokenizer",
-    "distilbert": "DistilBertTokenizer",
-    "electra": "ElectraTokenizer",
-    "roberta": "RobertaTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
+    "bert": ("BertTokenizer", "WordPiece"),
+    "distilbert": ("DistilBertTokenizer", "WordPiece"),
+    "electra": ("ElectraTokenizer", "WordPiece"),
+    "roberta": ("RobertaTokenizer", "BPE"),
+    "xlm-roberta": ("XLMRobertaTokenizer", "Unigram"),
 }
-"""Model type -> the tokenizer class name that transformers 4 and transformers.js know; others take the generic one."""
+"""Model type -> the tokenizer class that transformers 4 and transformers.js know, and the kind of model it wraps."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -54,16 +56,44 @@ def _write_tokenizer(source: Source, target: Path) -> None:
         for key, value in read_json(source.folder.path / "tokenizer_config.json", {}).items()
         if key not in {"name_or_path", "tokenizer_file", "special_tokens_map_file", "auto_map", "backend", "is_local"}
     }
-    kind = str(source.folder.config["model_type"])
+    if isinstance(settings.get("extra_special_tokens"), list):  # as transformers 5 writes it; 4 expects a mapping there
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     settings |= tokens
     settings["model_max_length"] = source.folder.max_length
-    settings["tokenizer_class"] = TOKENIZER_CLASSES.get(kind, "PreTrainedTokenizerFast")
+    settings |= class_settings(str(source.folder.config["model_type"]), json.loads(backend.to_str()))
     settings["model_input_names"] = list(tokenizer.model_input_names)
     write_json(target / "tokenizer_config.json", settings)
     write_json(target / "special_tokens_map.json", tokens)
     for name in ("vocab.txt", "vocab.json", "merges.txt"):
         if (source.folder.path / name).is_file():
             shutil.copyfile(source.folder.path / name, target / name)
+
+
+def class_settings(model_type: str, backend: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer's class name and what the class, in transformers 4, would otherwise set by its own defaults.
+
+    `backend` is the content of `tokenizer.json`. Where its parts are not those of the model type's class, the class is
+    the generic one, which changes nothing.
+    """
+    name, kind = TOKENIZER_CLASSES.get(model_type, ("", ""))
+    generic = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if not name or backend["model"].get("type") != kind:
+        return generic
+    if kind == "BPE":
+        before = backend.get("pre_tokenizer") or {}
+        fits = before.get("type") == "ByteLevel"
+        return {"tokenizer_class": name, "add_prefix_space": before["add_prefix_space"]} if fits else generic
+    if kind == "Unigram":
+        return {"tokenizer_class": name}
+    normalizer = backend.get("normalizer") or {}
+    if normalizer.get("type") != "BertNormalizer":
+        return generic
+    return {
+        "tokenizer_class": name,
+        "do_lower_case": normalizer["lowercase"],
+        "strip_accents": normalizer["strip_accents"],
+        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+    }
 
 
 def _write_modules(source: Source, target: Path) -> None:

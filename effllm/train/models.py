@@ -47,8 +47,8 @@ def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transfo
     """Return a preset's configuration.
 
     Dropout is off: a pre-training run sees each token a few times at most. The ModernBERT presets attend over the whole
-    sequence in every layer, their gated FFN is as large as the BERT's, and their classifiers pool by the mean: masked-LM
-    training alone gives the first token nothing to say.
+    sequence in every layer, their gated FFN is as large as the BERT's, and their classifiers pool by the mean, since
+    masked-LM training alone gives the first token nothing to say.
     """
     layers, width = SHAPES[name.removeprefix("modern-")]
     shared = {
