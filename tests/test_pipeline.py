@@ -292,6 +292,11 @@ BERT_NORMALIZER = {
             "RobertaTokenizer",
         ),
         ("roberta", {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Whitespace"}}, "PreTrainedTokenizerFast"),
+        (
+            "bert",
+            {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+            "PreTrainedTokenizerFast",
+        ),
         ("xlm-roberta", {"model": {"type": "Unigram"}}, "XLMRobertaTokenizer"),
         ("modernbert", {"model": {"type": "BPE"}}, "PreTrainedTokenizerFast"),
     ],
@@ -301,4 +306,4 @@ def test_a_tokenizer_gets_the_class_that_its_parts_fit(model_type: str, backend:
     assert settings["tokenizer_class"] == expected
     # Transformers 4 lower-cases, and drops the leading space, unless the settings say otherwise.
     assert settings.get("do_lower_case") is (False if expected == "BertTokenizer" else None)
-    assert settings.get("add_prefix_space") is (True if expected == "RobertaTokenizer" else None)
+    assert settings.get("add_prefix_space") == (backend.get("pre_tokenizer") or {}).get("add_prefix_space")

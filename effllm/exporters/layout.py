@@ -73,18 +73,16 @@ def class_settings(model_type: str, backend: Mapping[str, Any]) -> dict[str, Any
     """Return the tokenizer's class name and what the class, in transformers 4, would otherwise set by its own defaults.
 
     `backend` is the content of `tokenizer.json`. Where its parts are not those of the model type's class, the class is
-    the generic one, which changes nothing.
+    the generic one, which changes nothing but the leading space.
     """
     name, kind = TOKENIZER_CLASSES.get(model_type, ("", ""))
-    generic = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if not name or backend["model"].get("type") != kind:
+    before = backend.get("pre_tokenizer") or {}
+    space = {"add_prefix_space": before["add_prefix_space"]} if "add_prefix_space" in before else {}
+    generic = {"tokenizer_class": "PreTrainedTokenizerFast", **space}
+    if not name or backend["model"].get("type") != kind or (kind == "BPE" and before.get("type") != "ByteLevel"):
         return generic
-    if kind == "BPE":
-        before = backend.get("pre_tokenizer") or {}
-        fits = before.get("type") == "ByteLevel"
-        return {"tokenizer_class": name, "add_prefix_space": before["add_prefix_space"]} if fits else generic
-    if kind == "Unigram":
-        return {"tokenizer_class": name}
+    if kind != "WordPiece":
+        return {"tokenizer_class": name, **space}
     normalizer = backend.get("normalizer") or {}
     if normalizer.get("type") != "BertNormalizer":
         return generic
