@@ -11,6 +11,8 @@ other layers dominate, this costs less than a mask of T × T. Transformers' own 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -33,6 +35,41 @@ def sequence_index(lengths: torch.Tensor) -> torch.Tensor:
     places = torch.arange(width, device=lengths.device).expand(len(lengths), width)
     starts = torch.cumsum(lengths, 0) - lengths
     return torch.where(places < lengths[:, None], places + starts[:, None], -1)
+
+
+class Spread(torch.autograd.Function):
+    """Rows (T, …) laid into zeros (size, …) at distinct places (T,).
+
+    The backward pass takes them from there again; indexing would add them up one by one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
+        """Return the (size, …) tensor."""
+        ctx.save_for_backward(places)
+        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Return the gradient of the rows."""
+        return gradients[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Pick(torch.autograd.Function):
+    """Rows at distinct places (T,) of a tensor (size, …); the reverse of `Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return the (T, …) rows."""
+        ctx.save_for_backward(places)
+        ctx.size = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of the (size, …) tensor."""
+        gradient = gradients[0]
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
 def _packed_attention(
@@ -58,19 +95,20 @@ def _packed_attention(
         raise ValueError(f"{NAME} takes one packed row with sequence_index and no attention_mask")
     n, width = sequence_index.shape
     real = sequence_index >= 0
-    whole = sliding_window is None and bool(real.all())
-    gather = sequence_index.clamp_min(0).reshape(-1)
+    # Sequences of one length need no padding: the row is cut by a view.
+    places = None if n * width == query.shape[2] else torch.nonzero(real.reshape(-1))[:, 0]
 
     def unpack(x: torch.Tensor) -> torch.Tensor:
-        heads, size = x.shape[1], x.shape[3]
-        return x[0].index_select(1, gather).view(heads, n, width, size).transpose(0, 1)
+        rows = x[0].transpose(0, 1)
+        rows = rows if places is None else Spread.apply(rows, places, n * width)
+        return rows.reshape(n, width, *rows.shape[1:]).transpose(1, 2)
 
-    mask = None if whole else _mask(real, sliding_window)
+    mask = None if places is None and sliding_window is None else _mask(real, sliding_window)
     out = functional.scaled_dot_product_attention(
         unpack(query), unpack(key), unpack(value), attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    flat = out.transpose(1, 2).reshape(n * width, *value.shape[1::2])
-    return (flat if whole else flat[real.reshape(-1)])[None], None
+    rows = out.transpose(1, 2).reshape(n * width, *value.shape[1::2])
+    return (rows if places is None else Pick.apply(rows, places))[None], None
 
 
 def _mask(real: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from effllm.errors import SettingError, Unsupported
-from effllm.train.attention import sequence_index
+from effllm.train.attention import Pick, sequence_index
 
 OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop")
 IGNORED = -100
@@ -81,7 +81,7 @@ class MaskedLanguageModel(nn.Module):
         return torch.stack([_cross_entropy(output.prediction_logits[0], labels), pairs])
 
     def _keep_masked(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        output["last_hidden_state"] = output.last_hidden_state.index_select(1, self._picked.masked)
+        output["last_hidden_state"] = Pick.apply(output.last_hidden_state[0], self._picked.masked)[None]
         return output
 
     def _keep_first(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
