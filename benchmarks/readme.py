@@ -101,11 +101,15 @@ def graph_form_table() -> str:
 
 def interop_table() -> str:
     """Return which tools loaded the folders, and how far their numbers are from effllm's."""
-    rows = read_rows(RESULTS / "interop.jsonl")
-    lines = ["| tool | loaded | largest difference |", "|---|---|---|"]
-    for row in rows:
-        loaded = row.how.get("loaded", row.metric)
-        lines.append(f"| {row.system} | {loaded} | {row.value:.1e} {'' if row.unit == 'absolute' else row.unit} |")
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in read_rows(RESULTS / "interop.jsonl"):
+        groups.setdefault((row.system, str(row.how.get("loaded", row.metric))), []).append(row)
+    lines = ["| tool | loaded | folders | largest difference |", "|---|---|---|---|"]
+    for (system, loaded), rows in groups.items():
+        worst = max(rows, key=lambda row: row.value)
+        folders = ", ".join(str(row.how["folder"]) for row in rows)
+        unit = "" if worst.unit == "absolute" else f" {worst.unit}"
+        lines.append(f"| {system} | {loaded} | {folders} | {worst.value:.1e}{unit} |")
     return "\n".join(lines)
 
 
