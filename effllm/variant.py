@@ -115,6 +115,11 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def weights_digest(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each weights file of a model folder, by name."""
+    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write `effllm.json` with `content`, the versions, the machine, and the digest of every file in the folder."""
     files = {

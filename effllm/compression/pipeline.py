@@ -24,13 +24,13 @@ from effllm.exporters.graph import EXTERNAL_DATA_BYTES, save_graph
 from effllm.exporters.layout import write_layout
 from effllm.exporters.onnx import OPSET, export_graph
 from effllm.exporters.source import Source, load_source
-from effllm.folder import ModelFolder, open_folder
+from effllm.folder import open_folder
 from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.runtime.predictor import Predictor
 from effllm.settings import to_json
 from effllm.tasks import Example, scoring, task_of
-from effllm.variant import Variant, check_target, create, is_variant, read_manifest, sha256, write_manifest
+from effllm.variant import Variant, check_target, create, is_variant, read_manifest, weights_digest, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def _finish(
     content = {
         "task": source.task.name,
         "model_file": model_file,
-        "parent": {"name": folder.path.name, "weights_sha256": _weights_digest(folder)},
+        "parent": {"name": folder.path.name, "weights_sha256": weights_digest(folder.path)},
         "steps": [*parent.get("steps", []), dict(step)],
         "opset": OPSET,
         "max_length": folder.max_length,
@@ -264,10 +264,6 @@ def _finish(
     }
     (staging / "README.md").write_text(model_card(content, folder), encoding="utf-8")
     write_manifest(staging, content)
-
-
-def _weights_digest(folder: ModelFolder) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(folder.path.glob("*.safetensors"))}
 
 
 def _raw_outputs(predictor: Predictor, examples: Sequence[Example]) -> list[np.ndarray]:

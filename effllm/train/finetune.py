@@ -26,11 +26,11 @@ from effllm.settings import to_json
 from effllm.tasks import TASKS, Example, Head, Task
 from effllm.train.heads import check_task, load_for_task
 from effllm.train.loop import StepRecord
-from effllm.train.publish import RESULT, publish, weights_digest, write_result
+from effllm.train.publish import RESULT, publish, write_result
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, tokenizer_files, train
 from effllm.train.settings import FinetuneSettings
 from effllm.train.supervised import SupervisedModel, SupervisedSource, make_items
-from effllm.variant import check_target
+from effllm.variant import check_target, weights_digest
 
 LONGEST = 512
 """The most tokens of a training input where `max_length` does not say."""
@@ -114,7 +114,7 @@ def _runs(
         step = {"verb": "finetune", "settings": to_json(settings), "seeds": seeds, "teacher": str(teacher or "")}
         content = {
             "task": goal.task.name,
-            "parent": {"name": goal.folder.path.name, "weights_sha256": weights_digest(goal.folder)},
+            "parent": {"name": goal.folder.path.name, "weights_sha256": weights_digest(goal.folder.path)},
             "steps": [step],
             "max_length": _tokenizer(goal.folder, settings).max_length,
             "score_range": list(goal.head.score_range),
@@ -150,7 +150,7 @@ def _run(
     settings = _with_steps(settings, len(items))
     identity = {
         "verb": "finetune",
-        "model": weights_digest(goal.folder),
+        "model": weights_digest(goal.folder.path),
         "data": digest(goal.train),
         "teacher": str(teacher or ""),
         **settings.deciding(),

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from effllm.data.samples import OBJECTIVES
 from effllm.errors import SettingError, Unsupported
 from effllm.train.attention import Pick, sequence_index
 
-OBJECTIVES = ("mlm", "mlm+nsp", "mlm+sop")
 IGNORED = -100
 PAIR_MODELS = ("bert",)
 """Model types with a sentence-pair head beside their masked-LM head (`…ForPreTraining`)."""

@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from effllm import machine
-from effllm.folder import ModelFolder
 from effllm.rows import Row
 from effllm.train.runlog import LOG
-from effllm.variant import MANIFEST, Variant, create, sha256, write_manifest
+from effllm.variant import MANIFEST, Variant, create, write_manifest
 
 RESULT = "result.json"
-
-
-def weights_digest(folder: ModelFolder) -> dict[str, str]:
-    """Return the SHA-256 of each weights file of a model folder."""
-    return {file.name: sha256(file) for file in sorted(folder.path.glob("*.safetensors"))}
 
 
 def write_result(run: Path) -> None:
