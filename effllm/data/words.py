@@ -58,6 +58,6 @@ def _starts(text: str, first: np.ndarray, end: np.ndarray) -> np.ndarray:
     line_ends = np.append(0, np.cumsum(code_points(text) == ord("\n")))
     blank = ~covers
     follows = begins[1:] & (begin[1:] == begin[:-1]) & (line_ends[begin[1:]] == line_ends[first[:-1]])
-    marker = blank & (end - first <= 1) & np.append(follows, False)
+    marker = blank & np.append(follows, False)
     begins[1:] &= ~marker[:-1]
     return np.asarray(begins | blank)

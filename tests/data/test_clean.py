@@ -75,6 +75,7 @@ def test_white_space_is_classed_as_python_does() -> None:
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE, THAI, HINDI], ids=["English", "Chinese", "Thai", "Hindi"])
 def test_text_of_any_language_is_kept_and_its_ruins_are_dropped(text: str) -> None:
     assert CLEANING.reason_to_drop(text) is None
+    assert Cleaning(50, 0.85, 0.5).reason_to_drop(text) is None  # vowel signs are letters too
     assert CLEANING.reason_to_drop(text[:40]) == TOO_SHORT
     assert CLEANING.reason_to_drop("".join(f"{c}={i}; " for i, c in enumerate(text))) == NOT_LETTERS
     assert CLEANING.reason_to_drop(text[:30] * 10) == REPETITIVE
