@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -269,3 +270,25 @@ def test_the_command_line_writes_to_stderr_and_refuses_in_one_line(tokens: Path,
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: give --steps or --seconds")
     assert json.dumps(result.stdout) == '""'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_two_processes_on_one_host_or_two_give_the_trace_of_one(
+    tokens: Path, whole: Path, tmp_path: Path, hosts: int
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    each = ["--nnodes", str(hosts), "--nproc-per-node", str(2 // hosts), "--rdzv-backend", "c10d"]
+    each += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
+    launched = [sys.executable, "-m", "torch.distributed.run", *each, *command(tokens, tmp_path / "run")[1:]]
+    running = [subprocess.Popen(launched, stderr=subprocess.PIPE, text=True) for _ in range(hosts)]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    found = trace(tmp_path / "run")
+    assert found.keys() == trace(whole).keys()
+    for step, (loss, norm) in trace(whole).items():
+        assert found[step][0] == pytest.approx(loss, rel=1e-5)
+        assert found[step][1] == pytest.approx(norm, rel=1e-4)
