@@ -86,9 +86,7 @@ def finetune(
         raise SettingError(f"--seeds must be at least 1, got {seeds}")
     goal = _supervision(model, task, train, dev, columns or {})
     work = target.absolute().parent / f".{target.name}.run"
-    if work.exists() and not resume:
-        shutil.rmtree(work)
-    return _runs(goal, target, work, settings, seeds, teacher, force=force)
+    return _runs(goal, target, work, settings, seeds, teacher, resume=resume, force=force)
 
 
 def _runs(
@@ -99,9 +97,13 @@ def _runs(
     seeds: int,
     teacher: str | Path | None,
     *,
+    resume: bool,
     force: bool,
 ) -> Iterator[FinetuneStep]:
     accelerator = make_accelerator(settings)
+    if accelerator.is_main_process and work.exists() and not resume:
+        shutil.rmtree(work)
+    accelerator.wait_for_everyone()
     for seed in range(settings.seed, settings.seed + seeds):
         run = work / f"seed-{seed}"
         if (run / RESULT).is_file():

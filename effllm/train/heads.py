@@ -53,6 +53,9 @@ def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dro
     missing = sorted(key for key in info["missing_keys"] if _is_encoder(key, model))
     if missing:
         raise ArtifactError(f"{folder.path} lacks weights of its encoder, such as {missing[0]}")
+    if task.name == "sentence-similarity":  # pooled from the token states; no loss would ever reach the pooler
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("pooler" not in name)
     return model
 
 
