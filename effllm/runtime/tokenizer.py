@@ -93,6 +93,10 @@ class TextTokenizer:
         """The number of token ids, added tokens included."""
         return int(self._backend.get_vocab_size())
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return all tokens with their ids, added tokens included."""
+        return dict(self._backend.get_vocab())
+
     def decode_token(self, token: int) -> str:
         """Return the text of one token, without surrounding space."""
         return str(self._backend.decode([token], skip_special_tokens=False)).strip()

@@ -197,11 +197,13 @@ def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer
 
 
 def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -> Any:
-    """Load the teacher. Raises SettingError when its labels are not the student's."""
+    """Load the teacher. Raises SettingError when its labels or its tokenizer are not the student's."""
     folder = open_folder(teacher)
     labels = tuple(folder.labels) if goal.head.labels else ()
     if labels != goal.head.labels:
         raise SettingError(f"the teacher's labels ({', '.join(labels)}) are not those of the training data")
+    if TextTokenizer.open(folder).vocabulary() != TextTokenizer.open(goal.folder).vocabulary():
+        raise SettingError(f"the teacher {folder.path} has another tokenizer than {goal.folder.path}")
     return load_for_task(folder, goal.task, labels, dropout=-1, seed=0).to(accelerator.device)
 
 

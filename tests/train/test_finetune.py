@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from conftest import ARCHITECTURES, WORDS, make_model
 from safetensors.numpy import load_file
@@ -167,7 +169,10 @@ def test_a_teacher_is_matched_better_and_better(base: Path, tmp_path: Path, comp
     file = write_jsonl(tmp_path / "data.jsonl", classified())
     run(base, tmp_path / "teacher", "text-classification", file, settings={"epochs": 20.0})
     weights = {f"distil_{name}": float(name == component) for name in ("logits", "hidden", "attention")}
-    student = make_model(tmp_path / "student", "bert", "feature-extraction")
+    torch.manual_seed(7)
+    student = tmp_path / "student"
+    shutil.copytree(base, student)
+    transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(base)).save_pretrained(student)
     steps = run(
         student,
         tmp_path / "out",
@@ -178,6 +183,17 @@ def test_a_teacher_is_matched_better_and_better(base: Path, tmp_path: Path, comp
     )
     losses = [step.record.losses[component] for step in steps]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    run(base, tmp_path / "teacher", "text-classification", file)
+    tokenizer = json.loads((tmp_path / "teacher" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["quick"], vocabulary["brown"] = vocabulary["brown"], vocabulary["quick"]
+    (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(SettingError, match="another tokenizer"):
+        run(base, tmp_path / "out", "text-classification", file, teacher=tmp_path / "teacher")
 
 
 def test_a_teacher_with_other_labels_is_refused(base: Path, tmp_path: Path, classifier: Path) -> None:
