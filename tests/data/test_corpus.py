@@ -59,12 +59,14 @@ def test_a_sample_is_bounded_and_as_large_as_it_may_be(most: int, tmp_path: Path
     places = np.arange(0, 500, 2)
     sample = corpus.sample(places, most, 0)
     size = sum(len(text.encode()) for text in corpus.texts(sample))
-    whole = sum(len(text.encode()) for text in corpus.texts(places))
+    sizes = np.array([len(text.encode()) for text in corpus.texts(places)])
+    whole = int(sizes.sum())
     assert set(sample.tolist()) <= set(places.tolist())
     assert sample.tolist() == sorted(sample.tolist())
     assert size <= most
-    # a drawn document of about 30 bytes: the sum's standard deviation is below sqrt(30 * most)
-    assert size >= min(whole, most - 6 * np.sqrt(30 * most))
+    share = min(1.0, most / whole)
+    deviation = np.sqrt((sizes**2).sum() * share * (1 - share))  # of a sum of independent draws
+    assert size >= share * whole - 3 * deviation - sizes.max()
     assert np.array_equal(sample, corpus.sample(places, most, 0))
     if 1000 <= most < whole:
         assert not np.array_equal(sample, corpus.sample(places, most, 1))

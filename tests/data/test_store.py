@@ -109,6 +109,13 @@ def test_files_that_do_not_fit_together_are_refused(folder: Path) -> None:
         TokenStore.open(folder)
 
 
+@pytest.mark.parametrize("offsets", [[0, 3, 3, 4, 5], [0, 3, 3, 4, 7], [1, 3, 3, 4, 6]])
+def test_offsets_of_other_tokens_are_refused(folder: Path, offsets: list[int]) -> None:
+    (folder / "train" / "documents.bin").write_bytes(np.array(offsets, dtype="<i8").tobytes())
+    with pytest.raises(ArtifactError, match="does not fit together"):
+        TokenStore.open(folder)
+
+
 @pytest.mark.parametrize(
     "change", [{"kind": "model"}, {"store": None}, {"store": {"dtype": "int8"}}, {"store": {"dtype": ["uint16"]}}]
 )

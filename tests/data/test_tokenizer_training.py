@@ -228,6 +228,18 @@ def test_a_small_vocabulary_leaves_out_the_rarest_of_many_characters(kind: str) 
         assert not any(f"##{c}" in trained.backend.get_vocab() for c in han)
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_what_the_words_leave_free_is_filled_with_rarer_characters(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_training, "ALPHABET_SHARE", 0.3)
+    han = [chr(0x4E00 + i) for i in range(140)]
+    sample = [" ".join(han[:40])] * 600 + [" ".join(han[40:])]
+    backend = train(kind, 130, sample).backend
+    assert backend.get_vocab_size() == 130
+    kept = [c for c in han if backend.token_to_id(c) is not None]
+    assert kept[:40] == han[:40]
+    assert len(kept) > 45
+
+
 def test_long_texts_are_given_to_sentencepiece_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_training, "LINE_CHARACTERS", 20)
     pieces: Callable = tokenizer_training._pieces
