@@ -7,6 +7,7 @@ Results go to stdout; progress and messages to stderr. Exit codes: 0 done, 2 wro
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 import click
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         click.echo("interrupted; nothing was written", err=True)
         return 130
     except EffllmError as error:
@@ -88,4 +91,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """Run as the console script."""
+    signal.signal(signal.SIGINT, _interrupt)
     raise SystemExit(main())
+
+
+def _interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt, and again until it arrives: a library that catches everything cannot swallow Ctrl-C."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+    raise KeyboardInterrupt
