@@ -71,6 +71,14 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float, float, Betas, float], torch.op
 }
 
 
+def _evaluated(closure: Any) -> Any:
+    """Return what `closure` returns, run with gradients as torch's optimizers do; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class StableAdamW(torch.optim.Optimizer):
     """AdamW with AdaFactor's update clipping, tensor by tensor; needs no clipping of the gradient's norm.
 
@@ -88,10 +96,7 @@ class StableAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Change the parameters in place; returns what `closure` returns, where one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -140,10 +145,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Change the parameters in place; returns what `closure` returns, where one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         # Loading a state dict replaces this object's state and groups, so the two are pointed at them at each step.
         self._muon.state = self._adamw.state = self.state
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
