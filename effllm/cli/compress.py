@@ -16,17 +16,26 @@ Examples:
       answers that never depend on their batch, calibrated on your texts
   effllm compress MODEL --method int8 --calib train.jsonl --dev dev.jsonl --max-drop 0.005 --out small
       fails, with exit code 3 and no folder, when more than 0.5 % of the dense accuracy is lost
+  effllm compress MODEL --method heads:keep=0.6 --method ffn:keep=0.5 --method distil --method int8 \\
+      --train train.jsonl --dev dev.jsonl --out small
+      prunes attention heads and FFN neurons, recovers by distillation from MODEL, quantises
 
 `effllm show methods` lists the methods and their settings.
 """
 )
 @click.argument("model")
 @click.option(
-    "--method", "method_spec", required=True, metavar="NAME[:K=V,…]", help="The method and its settings, such as int8."
+    "--method",
+    "specs",
+    required=True,
+    multiple=True,
+    metavar="NAME[:K=V,…]",
+    help="A method and its settings, such as int8; give several to apply them in that order.",
 )
 @OUT
 @TASK
 @click.option("--calib", metavar="FILE", help="Calibration texts (.txt, .jsonl, .csv, .tsv); no labels needed.")
+@click.option("--train", metavar="FILE", help="Training texts for methods that train, such as distil.")
 @click.option("--dev", metavar="FILE", help="Labelled examples for the gate; without, it is on agreement.")
 @click.option("--dev-limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --dev.")
 @COLUMNS
@@ -43,10 +52,11 @@ Examples:
 @HTML
 def compress(
     model: str,
-    method_spec: str,
+    specs: tuple[str, ...],
     out: str,
     task: str | None,
     calib: str | None,
+    train: str | None,
     dev: str | None,
     dev_limit: int | None,
     columns: str | None,
@@ -58,9 +68,10 @@ def compress(
 ) -> None:
     """Compress MODEL and prove that it is still right.
 
-    MODEL (a folder or a hub id) is exported, checked against torch, compressed, compared with the dense model on the
-    same examples and reloaded from disk. The folder appears only when all of that went well; it loads in ONNX Runtime,
-    sentence-transformers, optimum-onnx, fastembed and transformers.js.
+    MODEL (a folder or a hub id) goes through the methods in order, is compared with the dense model on the same
+    examples and reloaded from disk. The folder appears only when all of that went well. After int8 it is an ONNX folder
+    that loads in ONNX Runtime, sentence-transformers, optimum-onnx, fastembed and transformers.js; after methods of the
+    weights alone it is a transformers folder.
     """
     from pathlib import Path
 
@@ -72,14 +83,15 @@ def compress(
     from effllm.compression.pipeline import compress as run
     from effllm.data.readers import parse_columns
 
-    method = parse_method(method_spec)
+    methods = [parse_method(spec) for spec in specs]
     with progress() as track:
         variant = run(
             model,
             out,
-            method=method,
+            method=methods,
             task=task,
             calib=calib,
+            train=train,
             dev=dev,
             columns=parse_columns(columns),
             dev_limit=dev_limit,
@@ -93,7 +105,7 @@ def compress(
     if json_file:
         write_json(json_file, variant.rows)
     if html_file:
-        write_html(html_file, variant.rows, f"{Path(model).name}: {method_spec}", variant.manifest["notes"])
+        write_html(html_file, variant.rows, f"{Path(model).name}: {', '.join(specs)}", variant.manifest["notes"])
     for note in variant.manifest["notes"]:
         say(f"· {note}")
     say(f"wrote {variant.path} — try: effllm bench {model} {variant.path}")

@@ -31,10 +31,11 @@ def show(what: str) -> None:
 
 
 def _methods() -> None:
-    from effllm.compression import METHODS
+    from effllm.compression import METHODS, method_class
     from effllm.settings import describe
 
-    for name, method in METHODS.items():
+    for name in METHODS:
+        method = method_class(name)
         click.echo(f"{name}\n  {method.summary}")
         for key, kind, default, text in describe(method):
             click.echo(f"    {key}={default}  ({kind})")

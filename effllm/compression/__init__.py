@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import itertools
+from typing import TYPE_CHECKING, Any
 
-from effllm.compression.int8 import Int8
-from effllm.compression.method import Method
-from effllm.errors import unknown_name
+from effllm.errors import SettingError, unknown_name
 from effllm.settings import build, split_spec
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (Int8,)}
-"""Method name -> its settings dataclass. A method is one file and one line here."""
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-__all__ = ["METHODS", "Int8", "Method", "parse_method"]
+    from effllm.compression.int8 import Int8
+    from effllm.compression.method import Method
+
+METHODS = {
+    "distil": "effllm.compression.distil:Distil",
+    "magnitude": "effllm.compression.magnitude:Magnitude",
+    "int8": "effllm.compression.int8:Int8",
+}
+"""Method name -> `module:class` of its settings dataclass, in the order in which they stand in a row. A method is one
+file and one line here."""
+
+__all__ = ["METHODS", "Int8", "check_order", "method_class", "parse_method"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Int8":
+        return method_class("int8")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def method_class(name: str) -> type[Any]:
+    """Return a method's settings dataclass. Raises SettingError for an unknown name."""
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    module, _, cls = METHODS[name].partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), cls)
+    return found
 
 
 def parse_method(spec: str) -> Method:
     """Read `name` or `name:key=value,…`. Raises SettingError for an unknown method, setting or value."""
     name, settings = split_spec(spec)
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    method: Method = build(METHODS[name], settings, f"method {name}")
+    method: Method = build(method_class(name), settings, f"method {name}")
     return method
+
+
+def check_order(methods: Sequence[Method]) -> None:
+    """Raise SettingError where methods cannot follow each other, naming the reason."""
+    if not methods:
+        raise SettingError("give at least one --method; `effllm show methods` lists them")
+    reached = methods[0]
+    for before, method in itertools.pairwise(methods):
+        if before.stage >= before.stage.CODES:
+            raise SettingError(f"--method {before.name} must be the last: it writes what no other method can change")
+        if before.stage and before.stage > reached.stage:
+            reached = before
+        if method.stage and method.stage < reached.stage:
+            raise SettingError(f"--method {method.name} must come before {reached.name}: {REASONS[reached.stage.name]}")
+
+
+REASONS = {
+    "WIDTH": "widths are chosen for the layers that stay",
+    "FACTORS": "heads and neurons cannot be taken out of a product of two matrices",
+    "SPARSE": "the zeros were chosen for the weights as they were",
+}
+"""Why nothing of an earlier stage may follow one of these."""

@@ -33,7 +33,7 @@ from effllm.compression.int8_graph import (
     quantize_static,
     shift_biases,
 )
-from effllm.compression.method import Job, Result
+from effllm.compression.method import GraphJob, Result, Stage
 from effllm.compression.walk import Observed, observe
 from effllm.errors import CheckFailed, GateFailed, SettingError
 from effllm.exporters.graph import Graph, module_of, save_graph
@@ -57,6 +57,7 @@ class Int8:
 
     name: ClassVar[str] = "int8"
     summary: ClassVar[str] = "8-bit weights and activations for ONNX Runtime; needs no training"
+    stage: ClassVar[Stage] = Stage.GRAPH
 
     activations: Literal["auto", "dynamic", "static"] = field(
         default="auto", metadata={"help": "ranges found at run time, constant, or the faster of the two that passes"}
@@ -74,17 +75,17 @@ class Int8:
         if self.calibration < 1:
             raise SettingError(f"int8: calibration must be at least 1, got {self.calibration}")
 
-    def apply(self, job: Job) -> Result:
+    def apply(self, job: GraphJob) -> Result:
         """Calibrate, build the wanted forms, gate each, and return the fastest that passes."""
         levels, why = weight_levels(machine.instruction_set())
-        dense_graph = onnx.load(str(job.dense))
-        groups = find_linears(Graph(dense_graph))
+        graph = onnx.load(str(job.start))
+        groups = find_linears(Graph(graph))
         if not groups:
             raise CheckFailed("the exported graph has no linear layers that int8 could quantise")
-        observed = self._observe(job, dense_graph, [g.input for g in groups])
+        observed = self._observe(job, graph, [g.input for g in groups])
         forms = ("dynamic", "static") if self.activations == "auto" else (self.activations,)
         built = [self._build(form, job, observed, levels) for form in job.track(forms, "quantising", len(forms))]
-        del dense_graph, observed
+        del graph, observed
         predictors = {c.form: job.predictor(c.file, c.label) for c in built}
         dense = job.predictor(job.dense, "dense")
         judged = [self._judge(c, job, dense, predictors[c.form]) for c in built]
@@ -104,13 +105,13 @@ class Int8:
             chosen.file, FILE_NAME, chosen.comparison, chosen.batch_dependent, rows, chosen.details(levels), notes
         )
 
-    def _observe(self, job: Job, graph: onnx.ModelProto, values: list[str]) -> dict[str, Observed]:
+    def _observe(self, job: GraphJob, graph: onnx.ModelProto, values: list[str]) -> dict[str, Observed]:
         encodings = [e for example in job.calibration for e in job.source.task.encode(job.tokenizer, example)]
         return observe(graph, values, encodings, job.work, seed=self.seed, threads=job.threads, track=job.track)
 
-    def _build(self, form: str, job: Job, observed: Mapping[str, Observed], levels: int) -> Candidate:
+    def _build(self, form: str, job: GraphJob, observed: Mapping[str, Observed], levels: int) -> Candidate:
         """Write one form to disk."""
-        graph = Graph(onnx.load(str(job.dense)))
+        graph = Graph(onnx.load(str(job.start)))
         # With run-time ranges, smoothing the FFN's inner activations widens the range more often than it narrows it,
         # so dynamic smooths only where the gain is large.
         gain, clips = (self.smooth / 2, ()) if form == "dynamic" else (self.smooth, CLIPS)
@@ -135,7 +136,7 @@ class Int8:
         save_graph(graph.finish(), file)
         return Candidate(form, file, layers, tables)
 
-    def _judge(self, built: Candidate, job: Job, dense: Predictor, predictor: Predictor) -> Judged:
+    def _judge(self, built: Candidate, job: GraphJob, dense: Predictor, predictor: Predictor) -> Judged:
         comparison = compare(dense, predictor, job.gate_examples, job.gate_data, job.track)
         verdict = judge(comparison, job.max_drop)
         spread = batch_spread(predictor, job.gate_examples[:64])
@@ -222,7 +223,7 @@ def _output_scale(predictor: Predictor, examples: Any) -> float:
     return max([1.0, *(float(np.abs(o[name]).max()) for o in outputs for name in predictor.task.outputs)])
 
 
-def _latencies(job: Job, predictors: Mapping[str, Predictor]) -> dict[str, list[float]]:
+def _latencies(job: GraphJob, predictors: Mapping[str, Predictor]) -> dict[str, list[float]]:
     """Time one batch-1 and one batch-8 pass of a gate text of median length, in milliseconds, interleaved."""
     first = next(iter(predictors.values()))
     encodings = sorted((e for group in first.encode(job.gate_examples[:200]) for e in group), key=len)

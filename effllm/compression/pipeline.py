@@ -6,18 +6,19 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 
 from effllm import machine
-from effllm.compression.method import Job, Method
-from effllm.data.english import english_sentences
-from effllm.data.readers import read_examples
-from effllm.data.split import digest, sample, without
-from effllm.errors import CheckFailed, Unsupported
+from effllm.compression import check_order
+from effllm.compression.gate import judge
+from effllm.compression.layers import linears
+from effllm.compression.method import GraphJob, GraphMethod, Method, Stage, WeightsJob, WeightsMethod
+from effllm.compression.texts import Given, Texts, choose_texts
+from effllm.errors import CheckFailed, GateFailed, Unsupported
 from effllm.exporters.agree import Agreement, check_agreement
 from effllm.exporters.card import model_card
 from effllm.exporters.graph import EXTERNAL_DATA_BYTES, save_graph
@@ -25,30 +26,19 @@ from effllm.exporters.layout import write_layout
 from effllm.exporters.onnx import OPSET, export_graph
 from effllm.exporters.source import Source, load_source
 from effllm.folder import open_folder
+from effllm.hf import describe_in_config
+from effllm.measure.quality import compare
 from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.runtime.predictor import Predictor
+from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import Example, scoring, task_of
 from effllm.variant import Variant, check_target, create, is_variant, read_manifest, weights_digest, write_manifest
 
 log = logging.getLogger(__name__)
 
-GATE_EXAMPLES = 400
-FEW_TEXTS = 32
 PROBES = 8
-ENGLISH = "English sentences that ship with Python"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts of one run: calibration and gate share none; `gate_data` and `calibration_data` name where from."""
-
-    calibration: list[Example]
-    calibration_data: str
-    gate: list[Example]
-    gate_data: str
-    notes: list[str]
 
 
 def export(
@@ -69,11 +59,12 @@ def export(
     check_target(target, force=force)
     source = _open_source(model, task)
     with create(target, force=force) as staging:
-        agreement = _export_dense(source, staging / "onnx" / "model.onnx", track, external_data_bytes)
+        agreement = _export_graph(source, staging / "onnx" / "model.onnx", track, external_data_bytes)
         write_layout(source, staging)
         rows = [_size_row(staging / "onnx" / "model.onnx", "onnxruntime fp32")]
         step = {"verb": "export", "opset": OPSET}
-        _finish(source, staging, step, "onnx/model.onnx", rows, [], {"parity": dataclasses.asdict(agreement)})
+        extra = {"opset": OPSET, "parity": dataclasses.asdict(agreement)}
+        _finish(source, staging, [step], "onnx/model.onnx", rows, [], extra)
         Predictor.open(staging)
     return Variant.open(target)
 
@@ -82,9 +73,10 @@ def compress(
     model: str | Path,
     out: str | Path,
     *,
-    method: Method,
+    method: Method | Sequence[Method],
     task: str | None = None,
     calib: str | Path | Sequence[str] | None = None,
+    train: str | Path | None = None,
     dev: str | Path | Sequence[Mapping[str, Any]] | None = None,
     columns: Mapping[str, str] | None = None,
     dev_limit: int | None = None,
@@ -93,63 +85,189 @@ def compress(
     force: bool = False,
     track: Track = silent,
 ) -> Variant:
-    """Compress a model and prove it: export, check, compress, gate, reload.
+    """Compress a model by one method or several in a row, and prove it: change, check, gate, reload.
 
-    `calib` is a file or a list of texts; without it, English text that ships with Python is used. `dev` is a file or a
-    list of records with reference answers; without it the gate is on agreement with the dense model over texts that
-    were not calibrated on. `max_drop` is the share of the dense metric that may be lost.
+    The folder holds an ONNX model when the last method is one of the graph, such as int8, and a transformers model
+    otherwise. `calib` is a file or a list of texts; without it, the training texts, or English text that ships with
+    Python. `train` is a file for methods that train. `dev` is a file or a list of records with reference answers;
+    without it the gate is on agreement with the dense model over texts that were not calibrated on. `max_drop` is the
+    share of the dense metric that may be lost.
 
     Raises GateFailed or CheckFailed when the result is not good enough, ArtifactError, SettingError or Unsupported for
     bad input; in each case nothing is written and an existing folder at `out` survives.
     """
-    target = Path(out)
+    target, methods = Path(out), list(method) if isinstance(method, Sequence) else [method]
+    check_order(methods)
     check_target(target, force=force)
     source = _open_source(model, task)
     if dev is not None:
         source = dataclasses.replace(source, task=scoring(source.task))
-    texts = _texts(source, method, calib, dev, columns, dev_limit)
+    for one in methods:
+        if one.stage < Stage.GRAPH:
+            cast(WeightsMethod, one).check(source)
+    texts = choose_texts(source, methods, Given(calib, train, dev, columns, dev_limit))
     with create(target, force=force) as staging:
-        work = staging / ".work"
-        dense = work / "dense.onnx"
-        agreement = _export_dense(source, dense, track)
-        source = _without_weights(source)
-        job = Job(
+        run = _Run(source, texts, staging, methods, max_drop, threads or machine.usable_cores(), track)
+        made = run.graph(cast(GraphMethod, methods[-1])) if methods[-1].stage is Stage.GRAPH else run.weights()
+        shutil.rmtree(run.work)
+        source = dataclasses.replace(made.source, task=task_of(source.folder, task))
+        _finish(source, staging, [_step(m) for m in methods], made.file, made.rows, made.notes, made.extra)
+        _check_reload(staging, run, made.expected)
+    return Variant.open(target)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A compressed model in its folder, gated, without its manifest.
+
+    `file` is the ONNX file in the folder, empty for a transformers model; `expected` what it answers to the first
+    examples of the gate.
+    """
+
+    source: Source
+    file: str
+    rows: list[Row]
+    notes: list[str]
+    extra: dict[str, Any]
+    expected: list[np.ndarray]
+
+
+@dataclasses.dataclass
+class _Run:
+    """One compression on its way to `staging`; `details` and `notes` collect what the steps say."""
+
+    source: Source
+    texts: Texts
+    staging: Path
+    methods: Sequence[Method]
+    max_drop: float
+    threads: int
+    track: Track
+    details: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        """The scratch folder."""
+        return self.staging / ".work"
+
+    @property
+    def gate(self) -> list[Example]:
+        """The examples that decide."""
+        return self.texts.gate.examples
+
+    def weights(self) -> _Made:
+        """Write the changed model as a transformers folder, gated as it answers when it is loaded from there."""
+        label = " + ".join(method.name for method in self.methods)
+        before = _linear_weights(self.source.model)
+        dense = Predictor.open(self.source.folder.path, task=self.source.task.name, engine="torch", name="dense")
+        source = self._change_weights()
+        write_layout(source, self.staging)
+        source.model.save_pretrained(self.staging)
+        source.model.set_attn_implementation("sdpa")  # what a reloaded model takes, so that equal means equal
+        engine = TorchEngine(source.model)
+        expected = _raw_outputs(
+            Predictor(label, source.folder, source.task, dense.tokenizer, engine), self.gate[:PROBES]
+        )
+        other = Predictor.open(self.staging, task=source.task.name, engine="torch", threads=self.threads, name=label)
+        comparison = compare(dense, other, self.gate, self.texts.gate.data, self.track)
+        verdict = judge(comparison, self.max_drop)
+        if not verdict.passed:
+            raise GateFailed(f"{label}: {verdict.reason}", comparison.rows())
+        rows = [
+            *comparison.rows(),
+            _size_row(self.staging / "model.safetensors", label),
+            _size_row(self.source.folder.path / "model.safetensors", "dense"),
+            Row("linear weights", float(_linear_weights(source.model)), "count", label),
+            Row("linear weights", float(before), "count", "dense"),
+        ]
+        notes = [*self.notes, *self._cut(comparison.truncated), f"{label}: {verdict.reason}"]
+        return _Made(source, "", rows, notes, self._extra(), expected)
+
+    def graph(self, method: GraphMethod) -> _Made:
+        """Write the changed model as an ONNX folder, compressed and gated by a method of the graph."""
+        dense = start = self.work / "dense.onnx"
+        agreement = _export_graph(self.source, dense, self.track)
+        source = self.source
+        if len(self.methods) > 1:
+            source, start = self._change_weights(), self.work / "start.onnx"
+            agreement = _export_graph(source, start, self.track)
+        # The torch model goes: from here on the exported graph is the model, and memory is the user's.
+        source = self.source = dataclasses.replace(source, model=None)
+        job = GraphJob(
             source=source,
+            start=start,
             dense=dense,
-            work=work,
-            calibration=texts.calibration,
-            gate_examples=texts.gate,
-            gate_data=texts.gate_data,
-            max_drop=max_drop,
-            threads=threads or machine.usable_cores(),
-            track=track,
+            work=self.work,
+            calibration=self.texts.calibration.examples[: getattr(method, "calibration", None)],
+            gate_examples=self.gate,
+            gate_data=self.texts.gate.data,
+            max_drop=self.max_drop,
+            threads=self.threads,
+            track=self.track,
         )
         result = method.apply(job)
-        expected = _raw_outputs(job.predictor(result.file, "compressed"), texts.gate[:PROBES])
-        result.file.parent.rename((staging / result.file_name).parent)
-        source = dataclasses.replace(source, task=task_of(source.folder, task))
-        write_layout(source, staging)
-        rows = [
-            *result.rows,
-            _size_row(staging / result.file_name, result.comparison.name),
-            _size_row(dense, "dense"),
-        ]
-        shutil.rmtree(work)
-        if result.comparison.truncated:
-            cut = f"{result.comparison.truncated} of {len(texts.gate)} gate examples were cut"
-            texts.notes.append(f"{cut} to the model's {source.folder.max_length} tokens")
-        step = {"verb": "compress", "method": method.name, "settings": to_json(method)}
+        self.details.append(result.details)
+        expected = _raw_outputs(job.predictor(result.file, "compressed"), self.gate[:PROBES])
+        result.file.parent.rename((self.staging / result.file_name).parent)
+        write_layout(source, self.staging)
+        name = result.comparison.name
+        rows = [*result.rows, _size_row(self.staging / result.file_name, name), _size_row(dense, "dense")]
+        notes = [*self.notes, *self._cut(result.comparison.truncated), *result.notes]
         extra = {
+            "opset": OPSET,
             "parity": dataclasses.asdict(agreement),
             "batch_dependent": result.batch_dependent,
-            "max_drop": max_drop,
-            "calibration": _data_entry(texts.calibration_data, texts.calibration),
-            "gate": _data_entry(texts.gate_data, texts.gate),
-            "details": result.details,
+            **self._extra(),
         }
-        _finish(source, staging, step, result.file_name, rows, [*texts.notes, *result.notes], extra)
-        _check_reload(staging, job, expected)
-    return Variant.open(target)
+        return _Made(source, result.file_name, rows, notes, extra, expected)
+
+    def _change_weights(self) -> Source:
+        """Apply the methods of the weights, in order, to the loaded model; return what it has become."""
+        chosen = [cast(WeightsMethod, method) for method in self.methods if method.stage < Stage.GRAPH]
+        for index, method in enumerate(chosen):
+            work = self.work / f"{index}-{method.name}"
+            work.mkdir(parents=True)
+            job = WeightsJob(
+                source=self.source,
+                work=work,
+                calibration=self.texts.calibration.examples[: getattr(method, "calibration", None)],
+                train=self.texts.train.examples,
+                threads=self.threads,
+                track=self.track,
+            )
+            changed = method.apply(job)
+            self.source = job.source
+            self.details.append(changed.details)
+            self.notes += [f"{method.name}: {note}" for note in changed.notes]
+        model = self.source.model.eval()
+        if chosen[-1].stage < Stage.CODES:
+            describe_in_config(model)
+        config = self.source.folder.config | model.config.to_dict() | {"architectures": [type(model).__name__]}
+        return dataclasses.replace(self.source, folder=dataclasses.replace(self.source.folder, config=config))
+
+    def _cut(self, truncated: int) -> list[str]:
+        what = f"{truncated} of {len(self.gate)} gate examples were cut"
+        return [f"{what} to the model's {self.source.folder.max_length} tokens"] if truncated else []
+
+    def _extra(self) -> dict[str, Any]:
+        return {
+            "max_drop": self.max_drop,
+            "calibration": self.texts.calibration.entry(),
+            **({"train": self.texts.train.entry()} if self.texts.train.examples else {}),
+            "gate": self.texts.gate.entry(),
+            "details": self.details[-1],
+            "details_of_steps": self.details,
+        }
+
+
+def _step(method: Method) -> dict[str, Any]:
+    return {"verb": "compress", "method": method.name, "settings": to_json(method)}
+
+
+def _linear_weights(model: Any) -> int:
+    """Return how many weights that are not zero the linear layers inside a model's layers hold."""
+    return sum(int(torch.count_nonzero(linear.weight)) for linear in linears(model).values())
 
 
 def _open_source(model: str | Path, task: str | None) -> Source:
@@ -164,12 +282,7 @@ def _is_onnx_only(model: str | Path) -> bool:
     return path.is_dir() and is_variant(path) and not any(path.glob("*.safetensors"))
 
 
-def _without_weights(source: Source) -> Source:
-    """Let the torch model go: from here on the exported graph is the dense model, and memory is the user's."""
-    return dataclasses.replace(source, model=None)
-
-
-def _export_dense(
+def _export_graph(
     source: Source, file: Path, track: Track, external_data_bytes: int = EXTERNAL_DATA_BYTES
 ) -> Agreement:
     for _ in track(range(1), "exporting to ONNX", 1):
@@ -179,69 +292,15 @@ def _export_dense(
     return agreement
 
 
-def _texts(
-    source: Source,
-    method: Method,
-    calib: str | Path | Sequence[str] | None,
-    dev: str | Path | Sequence[Mapping[str, Any]] | None,
-    columns: Mapping[str, str] | None,
-    dev_limit: int | None,
-) -> Texts:
-    task, head = source.task, source.head
-    count, seed = getattr(method, "calibration", 500), getattr(method, "seed", 0)
-    notes = []
-    gate, gate_data = _labelled(source, dev, columns, dev_limit)
-    if calib is None:
-        pool, calibration_data = task.unlabelled(english_sentences(), head), ENGLISH
-        notes.append(f"calibrated on {ENGLISH.lower()}; --calib FILE with texts of your own domain is better")
-    elif isinstance(calib, (str, Path)):
-        pool, calibration_data = read_examples(Path(calib), task, head, gold=False, columns=columns), Path(calib).name
-    else:
-        pool, calibration_data = task.unlabelled(list(calib), head), "texts given by the caller"
-    pool = without(pool, gate)
-    wanted = count if gate else min(count, max(1, (len(pool) + 1) // 2))
-    calibration = sample(pool, wanted, seed)
-    if not gate:
-        gate = sample(without(pool, calibration), GATE_EXAMPLES, seed)
-        gate_data = f"{calibration_data}, not calibrated on"
-        if not gate:
-            gate = sample(task.unlabelled(english_sentences(), head), GATE_EXAMPLES, seed)
-            gate_data = ENGLISH
-        notes.append("no labelled data was given (--dev): the gate is on agreement with the dense model")
-    if not calibration:
-        raise Unsupported("every calibration text is also in the evaluation data; give other texts with --calib")
-    if len(calibration) < FEW_TEXTS:
-        notes.append(f"only {len(calibration)} calibration texts; {FEW_TEXTS} or more are better")
-    return Texts(calibration, calibration_data, gate, gate_data, notes)
-
-
-def _data_entry(name: str, examples: Sequence[Example]) -> dict[str, Any]:
-    return {"data": name, "examples": len(examples), "sha256": digest(examples)}
-
-
-def _labelled(
-    source: Source,
-    dev: str | Path | Sequence[Mapping[str, Any]] | None,
-    columns: Mapping[str, str] | None,
-    limit: int | None,
-) -> tuple[list[Example], str]:
-    if dev is None:
-        return [], ""
-    if isinstance(dev, (str, Path)):
-        examples = read_examples(Path(dev), source.task, source.head, gold=True, columns=columns, limit=limit)
-        return examples, Path(dev).name
-    return [source.task.parse(record, source.head, gold=True) for record in dev][:limit], "examples given by the caller"
-
-
 def _size_row(file: Path, system: str) -> Row:
-    size = sum(part.stat().st_size for part in (file, file.with_name(f"{file.name}_data")) if part.is_file())
-    return Row("model size", float(size), "bytes", system)
+    parts = [file, file.with_name(f"{file.name}_data")] if file.suffix == ".onnx" else file.parent.glob("*.safetensors")
+    return Row("model size", float(sum(part.stat().st_size for part in parts if part.is_file())), "bytes", system)
 
 
 def _finish(
     source: Source,
     staging: Path,
-    step: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
     model_file: str,
     rows: Sequence[Row],
     notes: Iterable[str],
@@ -254,8 +313,7 @@ def _finish(
         "task": source.task.name,
         "model_file": model_file,
         "parent": {"name": folder.path.name, "weights_sha256": weights_digest(folder.path)},
-        "steps": [*parent.get("steps", []), dict(step)],
-        "opset": OPSET,
+        "steps": [*parent.get("steps", []), *map(dict, steps)],
         "max_length": folder.max_length,
         "batch_dependent": False,
         **extra,
@@ -270,9 +328,9 @@ def _raw_outputs(predictor: Predictor, examples: Sequence[Example]) -> list[np.n
     return [array for answer in predictor.answers(examples) for o in answer.outputs for array in o.values()]
 
 
-def _check_reload(staging: Path, job: Job, expected: Sequence[np.ndarray]) -> None:
-    """Open the staged folder as a user would. Raises CheckFailed when it answers otherwise than the gated file did."""
-    reloaded = Predictor.open(staging, task=job.source.task.name, threads=job.threads)
-    got = _raw_outputs(reloaded, job.gate_examples[:PROBES])
+def _check_reload(staging: Path, run: _Run, expected: Sequence[np.ndarray]) -> None:
+    """Open the staged folder as a user would. Raises CheckFailed when it answers otherwise than the gated model did."""
+    reloaded = Predictor.open(staging, task=run.source.task.name, threads=run.threads)
+    got = _raw_outputs(reloaded, run.gate[:PROBES])
     if len(got) != len(expected) or not all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True)):
         raise CheckFailed("the written folder does not answer as the checked model did")

@@ -22,19 +22,20 @@ LOADERS = {
 def model_card(content: Mapping[str, Any], folder: ModelFolder) -> str:
     """Return the card of a folder with the given manifest content, in Markdown with the hub's metadata header."""
     embeds = content["task"] in {"feature-extraction", "sentence-similarity"}
-    step = content["steps"][-1]
-    how = step.get("method", "float32 export")
+    how = " + ".join(step["method"] for step in content["steps"] if "method" in step) or "float32 export"
+    graph = content["model_file"]
     lines = [
         "---",
         f"pipeline_tag: {content['task']}",
-        f"library_name: {'sentence-transformers' if embeds else 'onnx'}",
-        "tags: [onnx, effllm]",
+        f"library_name: {'sentence-transformers' if embeds else 'onnx' if graph else 'transformers'}",
+        f"tags: [{'onnx, ' if graph else ''}effllm]",
         "---",
         "",
         f"# {content['parent']['name']} ({how})",
         "",
-        f"Made by effllm from `{content['parent']['name']}` for {content['task']}: {folder.architecture}, ONNX opset "
-        f"{content['opset']}, file `{content['model_file']}`, at most {content['max_length']} tokens.",
+        f"Made by effllm from `{content['parent']['name']}` for {content['task']}: {folder.architecture}, "
+        + (f"ONNX opset {content['opset']}, file `{graph}`, " if graph else "")
+        + f"at most {content['max_length']} tokens.",
         "",
         *(f"- {note}" for note in content["notes"]),
         "",
@@ -49,12 +50,13 @@ def model_card(content: Mapping[str, Any], folder: ModelFolder) -> str:
     rows = [Row(**row) for row in content["rows"]]
     lines += ["## Measured", "", markdown_table(rows), ""]
     lines += ["## Load", "", "```python", "import effllm", 'model = effllm.open(".")', "```", ""]
-    file = content["model_file"]
-    if embeds:
+    if not graph:
+        lines += _from_pretrained(folder)
+    elif embeds:
         lines += [
             "```python",
             "from sentence_transformers import SentenceTransformer",
-            f'model = SentenceTransformer(".", backend="onnx", model_kwargs={{"file_name": "{file}"}})',
+            f'model = SentenceTransformer(".", backend="onnx", model_kwargs={{"file_name": "{graph}"}})',
             "```",
             "",
         ]
@@ -62,8 +64,21 @@ def model_card(content: Mapping[str, Any], folder: ModelFolder) -> str:
         lines += [
             "```python",
             f"from optimum.onnxruntime import {LOADERS[content['task']]}",
-            f'model = {LOADERS[content["task"]]}.from_pretrained(".", file_name="{file}")',
+            f'model = {LOADERS[content["task"]]}.from_pretrained(".", file_name="{graph}")',
             "```",
             "",
         ]
     return "\n".join(lines)
+
+
+def _from_pretrained(folder: ModelFolder) -> list[str]:
+    """Return how transformers loads the folder: with an import of effllm where its sizes need it."""
+    special = (folder.config.get("quantization_config") or {}).get("quant_method") == "effllm"
+    return [
+        "```python",
+        *(["import effllm.hf  # gives the pruned layers their sizes"] if special else []),
+        f"from transformers import {folder.architecture}",
+        f'model = {folder.architecture}.from_pretrained(".")',
+        "```",
+        "",
+    ]

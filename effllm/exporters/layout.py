@@ -39,7 +39,8 @@ def _write_config(source: Source, target: Path) -> None:
     config = dict(source.folder.config)
     if not config.get("architectures"):
         config["architectures"] = [type(source.model).__name__]
-    config.pop("_name_or_path", None)
+    for name in ("_name_or_path", "quantization_config"):  # an ONNX graph has its sizes and codes in itself
+        config.pop(name, None)
     write_json(target / "config.json", config)
 
 

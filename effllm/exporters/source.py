@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers
 
 from effllm.errors import ArtifactError, Unsupported
 from effllm.folder import ModelFolder, has_tokenizer
+from effllm.hf import load_folder
+from effllm.runtime.pooling import read_pooling
 from effllm.tasks import Head, Task
 
 MODEL_TYPES = frozenset({"bert", "roberta", "distilbert", "electra", "xlm-roberta", "modernbert"})
@@ -38,28 +37,14 @@ def load_source(folder: ModelFolder, task: Task) -> Source:
     kind = str(folder.config["model_type"])
     if kind not in MODEL_TYPES:
         raise Unsupported(f"{folder.path} is a {kind!r} model; effllm handles {', '.join(sorted(MODEL_TYPES))}")
-    if folder.config.get("quantization_config"):
-        method = folder.config["quantization_config"].get("quant_method", "unknown")
-        raise Unsupported(f"{folder.path} is already quantised ({method}); start from the dense model")
     if not has_tokenizer(folder.path):
         raise ArtifactError(f"{folder.path} has no tokenizer files (tokenizer.json, vocab.txt, …)")
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    model, info = load_folder(folder, task.auto_class, attention="eager")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, info = getattr(transformers, task.auto_class).from_pretrained(
-                folder.path,
-                attn_implementation="eager",
-                dtype=torch.float32,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {reason}") from error
+        raise ArtifactError(f"the tokenizer of {folder.path} cannot be loaded by transformers: {reason}") from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler") and ".pooler." not in key)
     if missing:
         raise Unsupported(
@@ -67,4 +52,6 @@ def load_source(folder: ModelFolder, task: Task) -> Source:
         )
     if not getattr(tokenizer, "is_fast", False):
         raise Unsupported(f"{folder.path} has no fast tokenizer ({type(tokenizer).__name__} cannot be converted)")
-    return Source(folder, task, model.eval(), tokenizer, Head(labels=tuple(folder.labels)))
+    return Source(
+        folder, task, model.eval(), tokenizer, Head(labels=tuple(folder.labels), pooling=read_pooling(folder.path).mode)
+    )

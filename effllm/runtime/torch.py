@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import transformers
 
+import effllm.hf  # noqa: F401 - lets from_pretrained read pruned folders
+
 
 class TorchEngine:
     """A transformers model in float32."""

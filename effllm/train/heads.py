@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import transformers
 
 from effllm.errors import ArtifactError, Unsupported
 from effllm.folder import ModelFolder
+from effllm.hf import load_folder
 from effllm.tasks import Task
 from effllm.train.distil import CAPTURING, register
 
@@ -23,33 +22,14 @@ def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dro
 
     The head is the folder's own where it has one with the same labels, else a new one, drawn by the seed. `labels` is
     one name for a regression head and empty for tasks without labels. `dropout` of -1 leaves the config's. Raises
-    Unsupported for a task that is not fine-tuned or a quantised model, ArtifactError when weights of the
-    encoder are missing.
+    Unsupported for a task that is not fine-tuned or a model that another tool quantised, ArtifactError when weights of
+    the encoder are missing.
     """
     check_task(task)
-    if folder.config.get("quantization_config"):
-        raise Unsupported(f"{folder.path} is quantised; fine-tune the dense model")
     register()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(seed)
     settings = {**_label_settings(task, labels), **_dropout_settings(folder, dropout)}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, info = getattr(transformers, task.auto_class).from_pretrained(
-                folder.path,
-                attn_implementation=CAPTURING,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **settings,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {reason}") from error
+    model, info = load_folder(folder, task.auto_class, attention=CAPTURING, new_head=True, settings=settings)
     missing = sorted(key for key in info["missing_keys"] if _is_encoder(key, model))
     if missing:
         raise ArtifactError(f"{folder.path} lacks weights of its encoder, such as {missing[0]}")

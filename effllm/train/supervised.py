@@ -27,6 +27,8 @@ from effllm.train.loop import MicroBatch
 from effllm.train.losses import LOSSES
 from effllm.train.settings import FinetuneSettings
 
+PER_TOKEN = ("token-classification", "fill-mask")
+"""The tasks whose outputs are one distribution per token, each of which counts."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -184,18 +186,18 @@ class SupervisedModel(nn.Module):
             sums.append(LOSSES[self._task.name](seen.outputs, targets, mask)[0][None])
         if self.distillation:
             teacher = self._embedded(self.distillation.teach(inputs, self._task.outputs), mask)
-            rows = mask if self._task.name == "token-classification" else mask.any(dim=1)
+            rows = mask if self._task.name in PER_TOKEN else mask.any(dim=1)
             sums.append(self.distillation(seen, teacher, mask, rows))
         return torch.cat(sums) * torch.tensor(self._weights, device=mask.device)
 
     @property
     def terms(self) -> Terms:
         """How many terms each component's sum has."""
-        return Terms(self.components, self._task.name == "token-classification")
+        return Terms(self.components, self._task.name in PER_TOKEN)
 
     def _embedded(self, seen: Seen, mask: torch.Tensor) -> Seen:
-        """Replace token states by unit embeddings where the task compares those."""
-        if self._task.name != "sentence-similarity":
+        """Replace token states by unit embeddings where the task is about those."""
+        if self._task.outputs != ("last_hidden_state",):
             return seen
         embedding = functional.normalize(pool(seen.outputs["last_hidden_state"], mask, self._head.pooling), dim=-1)
         return dataclasses.replace(seen, outputs={EMBEDDING: embedding})

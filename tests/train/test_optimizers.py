@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from effllm.errors import ArtifactError, SettingError
-from effllm.train.optimizers import OPTIMIZERS, build_optimizer, load_state_tensors, parameter_groups, state_tensors
+from effllm.train.optimizers import (
+    OPTIMIZERS,
+    build_optimizer,
+    load_state_tensors,
+    orthogonal,
+    parameter_groups,
+    state_tensors,
+)
 
 LR, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.98), 1e-6
 
@@ -134,9 +141,25 @@ def test_muon_is_torchs_muon_and_adamw_on_their_shares() -> None:
         optimizer.step()
         muon.step()
         adamw.step()
+    moves = LR * sum(range(1, 5)) * 0.2  # what a unit of the orthogonal direction moves, over all steps
     for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p, q), n
+        if decayed(n) and ".layer." in n:  # torch iterates in bfloat16, whose rounding five steps multiply
+            assert (p - q).norm() <= 0.05 * moves * math.sqrt(max(p.shape)) * math.sqrt(min(p.shape)), n
+        else:
+            assert torch.equal(p, q), n
     assert len(inside) == 12
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 32), (32, 5)])
+def test_the_orthogonal_direction_keeps_singular_vectors_and_evens_the_values(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    turned = u.mT @ orthogonal(matrix) @ v.mT
+    values = turned.diagonal()
+    assert (turned - values.diag()).abs().max() < 1e-9
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+    assert not orthogonal(torch.zeros(shape)).any()
 
 
 def test_muon_survives_torchs_own_state_dict() -> None:

@@ -1,0 +1,50 @@
+"""distil: trains the compressed model to answer as the dense one does, which stands before the first method.
+
+The losses are those of `effllm.train.distil`: softened logits (Hinton et al. 2015), hidden states (TinyBERT, Jiao et
+al. 2020), attention relations (MiniLMv2, Wang et al. 2021). Texts without reference answers are enough. After layers
+were dropped, student layer i learns from teacher layer i · teacher layers / student layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.recovery import check_training, recover
+from effllm.errors import SettingError
+
+if TYPE_CHECKING:
+    from effllm.exporters.source import Source
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Knowledge distillation from the dense model."""
+
+    name: ClassVar[str] = "distil"
+    summary: ClassVar[str] = "recovers by learning from the dense model; needs --train, labels are optional"
+    stage: ClassVar[Stage] = Stage.TRAIN
+
+    epochs: float = field(default=1.0, metadata={"help": "passes over the training texts"})
+    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
+    logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})
+    hidden: float = field(default=1.0, metadata={"help": "weight of matching its hidden states"})
+    attention: float = field(default=0.0, metadata={"help": "weight of matching its last attention relations"})
+    temperature: float = field(default=2.0, metadata={"help": "softens both models' logits"})
+    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
+    seed: int = field(default=0, metadata={"help": "decides order and dropout"})
+
+    def __post_init__(self) -> None:
+        check_training(self)
+        if not self.logits + self.hidden + self.attention > 0:
+            raise SettingError("distil: one of logits, hidden and attention must have a weight above 0")
+
+    def check(self, source: Source) -> None:
+        """Every model can learn from its dense self."""
+
+    def apply(self, job: WeightsJob) -> Changed:
+        """Train in place."""
+        return Changed(recover(job, self))

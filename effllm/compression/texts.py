@@ -1,0 +1,131 @@
+"""The texts that a compression works with: to calibrate, to train, and to judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effllm.compression.method import Method, Stage
+from effllm.data.english import english_sentences
+from effllm.data.readers import read_examples
+from effllm.data.split import digest, sample, without
+from effllm.errors import SettingError, Unsupported
+from effllm.exporters.source import Source
+from effllm.tasks import Example
+
+CALIBRATION = 500
+GATE_EXAMPLES = 400
+FEW_TEXTS = 32
+ENGLISH = "English sentences that ship with Python"
+
+
+@dataclass(frozen=True)
+class Given:
+    """The data that the caller gave, as files, texts or records; None where nothing was given."""
+
+    calib: str | Path | Sequence[str] | None = None
+    train: str | Path | None = None
+    dev: str | Path | Sequence[Mapping[str, Any]] | None = None
+    columns: Mapping[str, str] | None = None
+    dev_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples and the name of where they are from."""
+
+    examples: list[Example]
+    data: str
+
+    def entry(self) -> dict[str, Any]:
+        """Return what the manifest records of them."""
+        return {"data": self.data, "examples": len(self.examples), "sha256": digest(self.examples)}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of one run; the gate shares none with calibration and training."""
+
+    calibration: Part
+    train: Part
+    gate: Part
+    notes: list[str]
+
+
+def choose_texts(source: Source, methods: Sequence[Method], given: Given) -> Texts:
+    """Read what was given and split it by use; built-in English sentences stand in where nothing was.
+
+    Raises SettingError when a method needs training data that is not there, ArtifactError and Unsupported for files
+    that cannot be used.
+    """
+    task, head = source.task, source.head
+    count = max(getattr(method, "calibration", CALIBRATION) for method in methods)
+    seed = getattr(methods[-1], "seed", 0)
+    notes: list[str] = []
+    gate = _labelled(source, given)
+    train = _training(source, methods, given, gate.examples)
+    if given.calib is not None:
+        pool = _calibration_pool(source, given)
+    elif train.examples:
+        pool = train
+    else:
+        pool = Part(task.unlabelled(english_sentences(), head), ENGLISH)
+        notes.append(f"calibrated on {ENGLISH.lower()}; --calib FILE with texts of your own domain is better")
+    candidates = without(pool.examples, gate.examples)
+    wanted = count if gate.examples else min(count, max(1, (len(candidates) + 1) // 2))
+    calibration = Part(sample(candidates, wanted, seed), pool.data)
+    if not gate.examples:
+        seen = [*calibration.examples, *train.examples]
+        gate = Part(sample(without(candidates, seen), GATE_EXAMPLES, seed), f"{pool.data}, not calibrated on")
+        if not gate.examples:
+            gate = Part(sample(task.unlabelled(english_sentences(), head), GATE_EXAMPLES, seed), ENGLISH)
+        notes.append("no labelled data was given (--dev): the gate is on agreement with the dense model")
+    if not calibration.examples:
+        raise Unsupported("every calibration text is also in the evaluation data; give other texts with --calib")
+    if len(calibration.examples) < FEW_TEXTS:
+        notes.append(f"only {len(calibration.examples)} calibration texts; {FEW_TEXTS} or more are better")
+    return Texts(calibration, train, gate, notes)
+
+
+def _calibration_pool(source: Source, given: Given) -> Part:
+    if isinstance(given.calib, (str, Path)):
+        file = Path(given.calib)
+        examples = read_examples(file, source.task, source.head, gold=False, columns=given.columns)
+        return Part(examples, file.name)
+    return Part(source.task.unlabelled(list(given.calib or ()), source.head), "texts given by the caller")
+
+
+def _training(source: Source, methods: Sequence[Method], given: Given, gate: Sequence[Example]) -> Part:
+    """Return the training examples, those of the gate left out; with reference answers where a method learns them."""
+    hungry = [method for method in methods if needs_training(method)]
+    if hungry and given.train is None:
+        raise SettingError(f"--method {hungry[0].name} trains; give --train FILE with texts of the task")
+    if not hungry or given.train is None:
+        return Part([], "")
+    file = Path(given.train)
+    gold = any(getattr(method, "label_weight", 0) > 0 for method in hungry)
+    examples = read_examples(file, source.task, source.head, gold=gold, columns=given.columns)
+    left = without(examples, gate)
+    if not left:
+        raise SettingError(f"every text of {file.name} is also in the evaluation data; train on other texts")
+    return Part(left, file.name)
+
+
+def needs_training(method: Method) -> bool:
+    """Return whether a method trains: by its stage, or because its `epochs` say so."""
+    return getattr(method, "epochs", 1.0 if method.stage is Stage.TRAIN else 0.0) > 0
+
+
+def _labelled(source: Source, given: Given) -> Part:
+    if given.dev is None:
+        return Part([], "")
+    if isinstance(given.dev, (str, Path)):
+        file = Path(given.dev)
+        examples = read_examples(
+            file, source.task, source.head, gold=True, columns=given.columns, limit=given.dev_limit
+        )
+        return Part(examples, file.name)
+    parsed = [source.task.parse(record, source.head, gold=True) for record in given.dev]
+    return Part(parsed[: given.dev_limit], "examples given by the caller")

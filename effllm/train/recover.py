@@ -1,0 +1,79 @@
+"""Training a model that is in memory, in place: what compression does between and after its steps.
+
+The same loop, losses and data order as fine-tuning, without evaluation: the last step's weights are the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effllm.runtime.tokenizer import TextTokenizer
+from effllm.tasks import Example, Head, Task
+from effllm.train.distil import CAPTURING, register
+from effllm.train.loop import StepRecord
+from effllm.train.run import Evaluation, Run, make_accelerator, train
+from effllm.train.settings import FinetuneSettings
+from effllm.train.supervised import Item, SupervisedModel, SupervisedSource, make_items
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a model is trained on. `teacher` is a model to learn from, or None; `head` and `task` are the model's."""
+
+    task: Task
+    head: Head
+    tokenizer: TextTokenizer
+    examples: Sequence[Example]
+    teacher: Any = None
+
+
+def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) -> Iterator[StepRecord]:
+    """Train `model` in place, in train mode while it runs and in eval mode afterwards; yields after each step.
+
+    With a weight on the labels every example needs its reference answer. `work` is a scratch folder. Raises
+    TrainingStopped when a loss is not finite, SettingError when memory runs out.
+    """
+    register()
+    torch.manual_seed(settings.seed)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(CAPTURING)
+    if lesson.teacher is not None:
+        lesson.teacher.set_attn_implementation(CAPTURING)
+    module = SupervisedModel(model, lesson.task, lesson.head, settings, lesson.teacher)
+    items = _items(lesson, with_labels="label" in module.components)
+    run = Run(
+        folder=work,
+        module=module,
+        source=SupervisedSource(items, settings, lesson.tokenizer.pad_id, module.terms),
+        settings=settings,
+        evaluate=_nothing,
+        eval_every=0,
+        companions={},
+        manifest={"task": lesson.task.name, "steps": []},
+    )
+    try:
+        yield from train(run, make_accelerator(settings), None)
+    finally:
+        model.set_attn_implementation(attention)
+        model.eval()
+
+
+def _items(lesson: Lesson, *, with_labels: bool) -> list[Item]:
+    if with_labels:
+        return make_items(lesson.examples, lesson.task, lesson.tokenizer, lesson.head)
+    pairs = lesson.task.name == "sentence-similarity"
+    items = []
+    for example in lesson.examples:
+        encodings = lesson.task.encode(lesson.tokenizer, example)
+        groups = [tuple(encodings)] if pairs else [(e,) for e in encodings]
+        items += [Item(group, tuple({} for _ in group)) for group in groups]
+    return items
+
+
+def _nothing(model: torch.nn.Module, device: torch.device) -> Evaluation | None:
+    return None
