@@ -19,6 +19,7 @@ METHODS = {
     "distil": "effllm.compression.distil:Distil",
     "magnitude": "effllm.compression.magnitude:Magnitude",
     "int8": "effllm.compression.int8:Int8",
+    "auto": "effllm.compression.auto:Auto",
 }
 """Method name -> `module:class` of its settings dataclass, in the order in which they stand in a row. A method is one
 file and one line here."""
@@ -52,6 +53,9 @@ def check_order(methods: Sequence[Method]) -> None:
     """Raise SettingError where methods cannot follow each other, naming the reason."""
     if not methods:
         raise SettingError("give at least one --method; `effllm show methods` lists them")
+    searching = [method.name for method in methods if method.stage.name == "SEARCH"]
+    if searching and len(methods) > 1:
+        raise SettingError(f"--method {searching[0]} must stand alone: it tries rows of the other methods itself")
     reached = methods[0]
     for before, method in itertools.pairwise(methods):
         if before.stage >= before.stage.CODES:

@@ -42,6 +42,8 @@ class Stage(IntEnum):
     """Stores weights in a quantised format of another library; nothing can follow."""
     GRAPH = 6
     """Quantises the exported ONNX graph; nothing can follow."""
+    SEARCH = 7
+    """Tries rows of the other methods; stands alone."""
 
 
 @dataclass

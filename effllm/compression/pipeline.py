@@ -14,6 +14,7 @@ import torch
 
 from effllm import machine
 from effllm.compression import check_order
+from effllm.compression.auto import Auto
 from effllm.compression.gate import judge
 from effllm.compression.layers import linears
 from effllm.compression.method import GraphJob, GraphMethod, Method, Stage, WeightsJob, WeightsMethod
@@ -64,7 +65,7 @@ def export(
         rows = [_size_row(staging / "onnx" / "model.onnx", "onnxruntime fp32")]
         step = {"verb": "export", "opset": OPSET}
         extra = {"opset": OPSET, "parity": dataclasses.asdict(agreement)}
-        _finish(source, staging, [step], "onnx/model.onnx", rows, [], extra)
+        finish(source, staging, [step], "onnx/model.onnx", rows, [], extra)
         Predictor.open(staging)
     return Variant.open(target)
 
@@ -102,16 +103,23 @@ def compress(
     source = _open_source(model, task)
     if dev is not None:
         source = dataclasses.replace(source, task=scoring(source.task))
+    given = Given(calib, train, dev, columns, dev_limit)
+    cores = threads or machine.usable_cores()
+    if methods[-1].stage is Stage.SEARCH:
+        from effllm.compression.search import search  # noqa: PLC0415 - it calls this function for its trials
+
+        auto = cast(Auto, methods[0])
+        return search(source, target, auto, given, max_drop=max_drop, threads=cores, force=force, track=track)
     for one in methods:
         if one.stage < Stage.GRAPH:
             cast(WeightsMethod, one).check(source)
-    texts = choose_texts(source, methods, Given(calib, train, dev, columns, dev_limit))
+    texts = choose_texts(source, methods, given)
     with create(target, force=force) as staging:
-        run = _Run(source, texts, staging, methods, max_drop, threads or machine.usable_cores(), track)
+        run = _Run(source, texts, staging, methods, max_drop, cores, track)
         made = run.graph(cast(GraphMethod, methods[-1])) if methods[-1].stage is Stage.GRAPH else run.weights()
         shutil.rmtree(run.work)
         source = dataclasses.replace(made.source, task=task_of(source.folder, task))
-        _finish(source, staging, [_step(m) for m in methods], made.file, made.rows, made.notes, made.extra)
+        finish(source, staging, [_step(m) for m in methods], made.file, made.rows, made.notes, made.extra)
         _check_reload(staging, run, made.expected)
     return Variant.open(target)
 
@@ -160,7 +168,8 @@ class _Run:
         """Write the changed model as a transformers folder, gated as it answers when it is loaded from there."""
         label = " + ".join(method.name for method in self.methods)
         before = _linear_weights(self.source.model)
-        dense = Predictor.open(self.source.folder.path, task=self.source.task.name, engine="torch", name="dense")
+        name, threads = self.source.task.name, self.threads
+        dense = Predictor.open(self.source.folder.path, task=name, engine="torch", threads=threads, name="dense")
         source = self._change_weights()
         write_layout(source, self.staging)
         source.model.save_pretrained(self.staging)
@@ -169,7 +178,7 @@ class _Run:
         expected = _raw_outputs(
             Predictor(label, source.folder, source.task, dense.tokenizer, engine), self.gate[:PROBES]
         )
-        other = Predictor.open(self.staging, task=source.task.name, engine="torch", threads=self.threads, name=label)
+        other = Predictor.open(self.staging, task=name, engine="torch", threads=threads, name=label)
         comparison = compare(dense, other, self.gate, self.texts.gate.data, self.track)
         verdict = judge(comparison, self.max_drop)
         if not verdict.passed:
@@ -297,7 +306,7 @@ def _size_row(file: Path, system: str) -> Row:
     return Row("model size", float(sum(part.stat().st_size for part in parts if part.is_file())), "bytes", system)
 
 
-def _finish(
+def finish(
     source: Source,
     staging: Path,
     steps: Sequence[Mapping[str, Any]],

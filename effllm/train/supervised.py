@@ -68,8 +68,9 @@ class Terms:
     def count(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the counts of a batch, float64 (components,)."""
         tokens, rows = float(arrays["attention_mask"].sum()), float(len(arrays["input_ids"]))
+        labels = arrays.get("target_labels", np.zeros(0))  # there are none where only the teacher is learned from
         of = {
-            "label": float((arrays["target_labels"] != IGNORED).sum()) if self.per_token else rows,
+            "label": float((labels != IGNORED).sum()) if self.per_token else rows,
             "logits": tokens if self.per_token else rows,
             "hidden": tokens,
             "attention": tokens,

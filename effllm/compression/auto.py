@@ -1,0 +1,177 @@
+"""auto: searches pruning, distillation and precision together, with latencies measured on this machine and the gate.
+
+A trial is a row of other methods, made and judged as if it had been asked for by hand. The search goes from what loses
+least to what saves most: quantisation alone; then pruning to smaller and smaller shares of the multiplications, each
+recovered by distillation where there are training texts; then, at the share found, more of the layers that lose most
+left float. Where a share fails, the next one lies between it and the last that passed. Every trial is noted in a
+journal beside the target, so that a search that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from effllm.compression.method import Stage
+from effllm.errors import GateFailed, SettingError
+
+if TYPE_CHECKING:
+    from effllm.exporters.source import Source
+
+SHARES = (0.75, 0.5, 0.33, 0.2)
+"""The shares of the multiplications that are tried, before the search goes between them."""
+CLOSE = 0.06
+"""The search stops where the share that fails and the one that passes are so close."""
+FLOAT_LAYERS = (2, 4)
+"""How many of the most sensitive groups of linear layers are left float where a quantised trial failed."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one row of methods gave: `specs` as on the command line; all of it measured against the dense model.
+
+    `drop` is what the gate judges; `speedup` the ratio of median latencies over the dense graph in ONNX Runtime, in one
+    interleaved run; `size` the share of its file. `folder` is the name of its variant, `seconds` what making it took.
+    """
+
+    specs: tuple[str, ...]
+    folder: str
+    drop: float
+    speedup: float
+    size: float
+    seconds: float
+    rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """The search; ends the row, and is alone in it."""
+
+    name: ClassVar[str] = "auto"
+    summary: ClassVar[str] = "searches pruning, distillation and precision for this machine, within --max-drop"
+    stage: ClassVar[Stage] = Stage.SEARCH
+
+    target_speedup: float = field(
+        default=0.0, metadata={"help": "stop at a trial this many times as fast as ONNX Runtime float32; 0 = fastest"}
+    )
+    target_size: float = field(
+        default=0.0, metadata={"help": "stop at a trial whose file is at most this share of the dense one; 0 = fastest"}
+    )
+    budget_minutes: float = field(default=30.0, metadata={"help": "start no trial after this time"})
+    distil_steps: int = field(default=600, metadata={"help": "steps of distillation after pruning, with --train"})
+    seed: int = field(default=0, metadata={"help": "decides calibration texts and training order"})
+
+    def __post_init__(self) -> None:
+        if self.target_speedup and self.target_size:
+            raise SettingError("auto: give target_speedup or target_size, not both")
+        if self.target_speedup < 0 or not 0 <= self.target_size <= 1:
+            raise SettingError("auto: target_speedup must be at least 0 and target_size between 0 and 1")
+        if not self.budget_minutes > 0:
+            raise SettingError(f"auto: budget_minutes must be above 0, got {self.budget_minutes}")
+
+    def check(self, source: Source) -> None:
+        """Every trial checks its own methods."""
+
+    def reached(self, trial: Trial) -> bool:
+        """Return whether a trial is all that was asked for."""
+        if self.target_speedup:
+            return trial.speedup >= self.target_speedup
+        return bool(self.target_size) and trial.size <= self.target_size
+
+    def gain(self, trial: Trial) -> float:
+        """Return what a trial is ranked by among those that pass: larger is better."""
+        return -trial.size if self.target_size else trial.speedup
+
+    def best(self, trials: Sequence[Trial], max_drop: float) -> Trial:
+        """Return the trial to keep: of those that reach the target the one that loses least, else the largest gain.
+
+        Raises GateFailed when none is within `max_drop`.
+        """
+        passing = [trial for trial in trials if trial.drop <= max_drop]
+        if not passing:
+            tried = "; ".join(f"{' + '.join(t.specs)}: {t.drop:.2%}" for t in trials)
+            raise GateFailed(f"no trial stays within the allowed {max_drop:.2%}; tried {tried}", [])
+        reaching = [trial for trial in passing if self.reached(trial)]
+        if reaching:
+            return min(reaching, key=lambda t: (t.drop, -self.gain(t)))
+        return max(passing, key=lambda t: (self.gain(t), -t.drop))
+
+    def search(self, trials: Search, max_drop: float, *, distil: bool) -> Trial:
+        """Run trials until the target is reached, nothing is left to try, or the budget is over; return the best."""
+        started = time.monotonic()
+        for specs in self._plan(trials, max_drop, distil=distil):
+            if time.monotonic() - started > self.budget_minutes * 60 and specs not in trials.seen:
+                break
+            trial = trials.run(specs)
+            if trial.drop <= max_drop and self.reached(trial):
+                break
+        return self.best(trials.all, max_drop)
+
+    def _plan(self, trials: Search, max_drop: float, *, distil: bool) -> Iterator[tuple[str, ...]]:
+        """Yield the rows of methods to try next, each chosen by what the ones before gave."""
+        yield ("int8",)
+        recover = (f"distil:steps={self.distil_steps},seed={self.seed}",) if distil else ()
+
+        def pruned(share: float) -> tuple[str, ...]:
+            return (f"structured:flops={share:g}", *recover, "int8")
+
+        passing, failing = 1.0, 0.0
+        for share in SHARES:
+            yield pruned(share)
+            if trials.seen[pruned(share)].drop > max_drop:
+                failing = share
+                break
+            passing = share
+        while failing and passing - failing > CLOSE:
+            share = round((passing + failing) / 2, 3)
+            yield pruned(share)
+            if trials.seen[pruned(share)].drop > max_drop:
+                failing = share
+            else:
+                passing = share
+        for count in FLOAT_LAYERS if failing else ():
+            yield (*pruned(failing)[:-1], f"int8:float_layers={count}")
+
+
+@dataclass
+class Search:
+    """The trials of one search. `make` makes a trial of a row of methods; what it gave is noted in `journal`.
+
+    A journal of an earlier search with the same `identity` is gone on with.
+    """
+
+    make: Callable[[tuple[str, ...]], Trial]
+    journal: Path
+    identity: str
+    seen: dict[tuple[str, ...], Trial] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.journal.is_file():
+            return
+        for line in self.journal.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the line that was being written when the process was killed
+                continue
+            if record.pop("identity", None) == self.identity:
+                trial = Trial(**{**record, "specs": tuple(record["specs"]), "rows": tuple(record["rows"])})
+                if (self.journal.parent / trial.folder).is_dir():
+                    self.seen[trial.specs] = trial
+
+    @property
+    def all(self) -> list[Trial]:
+        """Every trial, in the order in which they were made."""
+        return list(self.seen.values())
+
+    def run(self, specs: tuple[str, ...]) -> Trial:
+        """Make a trial, or return the one that is there."""
+        if specs not in self.seen:
+            trial = self.make(specs)
+            with self.journal.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"identity": self.identity, **asdict(trial)}) + "\n")
+            self.seen[specs] = trial
+        return self.seen[specs]

@@ -1,0 +1,195 @@
+"""From a search to a variant: makes the trials that `auto` asks for, measures them, and publishes the best."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from effllm import machine
+from effllm.compression import parse_method, pipeline
+from effllm.compression.auto import Auto, Search, Trial
+from effllm.compression.method import Stage
+from effllm.compression.texts import Given, Texts, choose_texts
+from effllm.compression.timing import trial_times
+from effllm.errors import GateFailed
+from effllm.exporters.source import Source
+from effllm.measure.quality import compare
+from effllm.measure.statistics import median_interval, ratio_of_medians
+from effllm.progress import Track, silent
+from effllm.rows import Row
+from effllm.runtime.predictor import Predictor
+from effllm.settings import to_json
+from effllm.tasks import task_of
+from effllm.variant import MANIFEST, Variant, create, read_manifest, weights_digest
+
+EVERY_DROP = 2.0
+"""The drop that a trial may have: any. The search judges."""
+
+
+@dataclass
+class Trials:
+    """Makes and measures trials in `folder`, which outlives a killed search."""
+
+    source: Source
+    model: Path
+    given: Given
+    texts: Texts
+    folder: Path
+    threads: int
+    track: Track
+    _dense: list[Predictor] = field(default_factory=list)
+
+    def make(self, specs: tuple[str, ...]) -> Trial:
+        """Make the variant of a row of methods and measure it against the dense model."""
+        started = time.monotonic()
+        weights = tuple(s for s in specs if parse_method(s).stage < Stage.GRAPH)
+        start = self._variant(self.model, weights) if weights else self.model
+        made = self._variant(start, specs[len(weights) :], prefix=weights)
+        return self._measured(specs, made, time.monotonic() - started)
+
+    def _variant(self, model: Path, specs: Sequence[str], prefix: Sequence[str] = ()) -> Path:
+        """Return the folder of a row of methods on a model, made if it is not there."""
+        key = hashlib.sha256(json.dumps([*prefix, *specs]).encode()).hexdigest()[:16]
+        out = self.folder / key
+        if not (out / MANIFEST).is_file():
+            pipeline.compress(
+                model,
+                out,
+                method=[parse_method(spec) for spec in specs],
+                task=self.source.task.name,
+                calib=self.given.calib,
+                train=self.given.train,
+                dev=self.given.dev,
+                columns=self.given.columns,
+                dev_limit=self.given.dev_limit,
+                max_drop=EVERY_DROP,
+                threads=self.threads,
+                track=self.track,
+            )
+        return out
+
+    def _measured(self, specs: tuple[str, ...], folder: Path, seconds: float) -> Trial:
+        label, dense = " + ".join(specs), self.dense
+        other = Predictor.open(folder, task=self.source.task.name, threads=self.threads, name=label)
+        comparison = compare(dense, other, self.texts.gate.examples, self.texts.gate.data, self.track)
+        times = trial_times({"dense": dense, label: other}, self.texts.gate.examples, self.track)
+        ratio, low, high = ratio_of_medians(times["dense"], times[label])
+        where, how = machine.describe(), {"what": "a batch of 1 and one of 8", "threads": self.threads}
+        rows = comparison.rows()
+        for name, values in times.items():
+            median, least, most = median_interval(values)
+            rows.append(Row("latency p50", median, "ms", name, len(values), least, most, how, where))
+        rows.append(Row("speed-up", ratio, "x", label, len(times[label]), low, high, {"over": "dense", **how}, where))
+        size = _onnx_bytes(folder)
+        rows.append(Row("model size", float(size), "bytes", label))
+        share = size / _onnx_bytes(self.folder / "dense")
+        kept = tuple(row.to_json() for row in rows)
+        return Trial(specs, folder.name, comparison.drop, ratio, share, seconds, kept)
+
+    @property
+    def dense(self) -> Predictor:
+        """The dense model in ONNX Runtime, exported when it is first needed."""
+        if not self._dense:
+            out = self.folder / "dense"
+            if not (out / MANIFEST).is_file():
+                pipeline.export(self.model, out, task=self.source.task.name, track=self.track)
+            name = self.source.task.name
+            self._dense.append(Predictor.open(out, task=name, threads=self.threads, name="dense"))
+        return self._dense[0]
+
+
+def _onnx_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("onnx/*"))
+
+
+def search(
+    source: Source,
+    target: Path,
+    auto: Auto,
+    given: Given,
+    *,
+    max_drop: float,
+    threads: int,
+    force: bool,
+    track: Track = silent,
+) -> Variant:
+    """Run the search of `auto` on a model and publish the best trial as `target`.
+
+    The trials are in `.TARGET.search` beside it until the search has ended, from where the same command goes on. Raises
+    GateFailed with the rows of all trials when none is within `max_drop`.
+    """
+    folder = target.absolute().parent / f".{target.name}.search"
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = choose_texts(source, [auto], given)
+    if given.train is not None:
+        texts = choose_texts(source, [auto, parse_method("distil")], given)
+    trials = Trials(source, source.folder.path, given, texts, folder, threads, track)
+    identity = _identity(source, auto, texts)
+    runs = Search(trials.make, folder / "trials.jsonl", identity)
+    if runs.journal.is_file() and not runs.seen:
+        shutil.rmtree(folder)  # another model, other data or other settings
+        folder.mkdir()
+    try:
+        best = auto.search(runs, max_drop, distil=given.train is not None)
+    except GateFailed as error:
+        raise GateFailed(str(error), _rows(runs.all)) from None
+    with create(target, force=force) as staging:
+        shutil.copytree(folder / best.folder, staging, dirs_exist_ok=True)
+        parts = read_manifest(staging)
+        (staging / MANIFEST).unlink()
+        extra = {key: parts[key] for key in ("opset", "parity", "batch_dependent", "details", "gate", "calibration")}
+        extra |= {"max_drop": max_drop, "trials": [_summary(trial) for trial in runs.all]}
+        steps = [{"verb": "compress", "method": auto.name, "settings": to_json(auto)}, *_own_steps(parts, source)]
+        notes = [*parts["notes"], *_notes(auto, best, runs.all, max_drop)]
+        published = Source(source.folder, task_of(source.folder, parts["task"]), None, None, source.head)
+        pipeline.finish(published, staging, steps, parts["model_file"], _rows(runs.all), notes, extra)
+        Predictor.open(staging, threads=threads)
+    shutil.rmtree(folder)
+    return Variant.open(target)
+
+
+def _identity(source: Source, auto: Auto, texts: Texts) -> str:
+    """Return a digest of all that decides what a trial gives."""
+    settings = {k: v for k, v in to_json(auto).items() if k in {"distil_steps", "seed"}}
+    parts = [weights_digest(source.folder.path), settings, machine.describe()]
+    parts += [part.entry() for part in (texts.calibration, texts.train, texts.gate) if part.examples]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _own_steps(manifest: dict[str, Any], source: Source) -> list[dict[str, Any]]:
+    """Return the steps of a trial, without those that its parent already had."""
+    before = read_manifest(source.folder.path)["steps"] if (source.folder.path / MANIFEST).is_file() else []
+    own: list[dict[str, Any]] = manifest["steps"][len(before) :]
+    return own
+
+
+def _summary(trial: Trial) -> dict[str, Any]:
+    return {
+        "methods": list(trial.specs),
+        **{name: getattr(trial, name) for name in ("drop", "speedup", "size", "seconds")},
+    }
+
+
+def _rows(trials: Sequence[Trial]) -> list[Row]:
+    """Return the rows of all trials, the dense model's once."""
+    rows: dict[tuple[str, str], Row] = {}
+    for trial in trials:
+        for row in (Row.from_json(r) for r in trial.rows):
+            rows.setdefault((row.metric, row.system), row)
+    return list(rows.values())
+
+
+def _notes(auto: Auto, best: Trial, trials: Sequence[Trial], max_drop: float) -> list[str]:
+    lines = [
+        f"trial: {' + '.join(t.specs)}: drop {t.drop:.2%}{'' if t.drop <= max_drop else ' (too much)'}, "
+        f"{t.speedup:.2f} times as fast, {t.size:.2f} of the size"
+        for t in trials
+    ]
+    reached = "" if auto.reached(best) or not (auto.target_speedup or auto.target_size) else "; the target was not met"
+    return [*lines, f"chosen: {' + '.join(best.specs)}{reached}"]
