@@ -107,7 +107,7 @@ def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Pa
         variant = Variant.open(folder.path) if is_variant(folder.path) else None
         task = task_of(folder, settings.task or (variant.task if variant else None))
         task = scoring(task) if settings.data else task
-        if variant and "model_file" in variant.manifest:
+        if variant and variant.manifest.get("model_file"):
             file = folder.path / str(variant.manifest["model_file"])
             name = folder.path.name if folder.path.name not in {e.name for e in entrants} else str(folder.path)
             entrants.append(Entrant(name, folder.path, "onnxruntime", file, task))

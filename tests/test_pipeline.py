@@ -17,6 +17,7 @@ import effllm
 from effllm.compression import pipeline
 from effllm.compression.int8 import weight_levels
 from effllm.compression.int8_graph import find_linears
+from effllm.compression.texts import Given, choose_texts
 from effllm.data.split import fingerprint
 from effllm.exporters.graph import Graph, module_of
 from effllm.exporters.layout import class_settings
@@ -167,15 +168,16 @@ def test_a_broken_gate_leaves_nothing_and_keeps_the_old_folder(made, tmp_path: P
     assert effllm.Variant.open(target).manifest == variant.manifest
 
 
-def test_calibration_and_gate_share_no_text(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_and_gate_share_no_text(classifier: Path) -> None:
     source = pipeline._open_source(classifier, None)
-    texts = pipeline._texts(source, STATIC, TEXTS + TEXTS[:50], None, None, None)
-    assert not {fingerprint(e) for e in texts.calibration} & {fingerprint(e) for e in texts.gate}
-    labelled = pipeline._texts(source, STATIC, TEXTS, RECORDS["text-classification"][:20], None, None)
-    assert not {fingerprint(e) for e in labelled.calibration} & {fingerprint(e) for e in labelled.gate}
-    assert len(labelled.gate) == 20
+    texts = choose_texts(source, [STATIC], Given(calib=TEXTS + TEXTS[:50]))
+    assert not {fingerprint(e) for e in texts.calibration.examples} & {fingerprint(e) for e in texts.gate.examples}
+    labelled = choose_texts(source, [STATIC], Given(calib=TEXTS, dev=RECORDS["text-classification"][:20]))
+    seen = {fingerprint(e) for e in labelled.calibration.examples}
+    assert not seen & {fingerprint(e) for e in labelled.gate.examples}
+    assert len(labelled.gate.examples) == 20
     with pytest.raises(effllm.Unsupported, match="also in the evaluation data"):
-        pipeline._texts(source, STATIC, TEXTS[:5], RECORDS["text-classification"], None, None)
+        choose_texts(source, [STATIC], Given(calib=TEXTS[:5], dev=RECORDS["text-classification"]))
 
 
 def test_export_is_shared_axes_and_no_trace_of_this_machine(classifier: Path, tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""What each way of making a classifier smaller costs in accuracy, and what it gains.
+
+    python benchmarks/compression.py MODEL DATA --work DIR [--only NAME,…] [--seeds N] [--bench]
+
+MODEL is a fine-tuned text classifier (SST-2 from all-MiniLM-L6-v2 here, as `benchmarks/finetuning.py` leaves it), DATA
+a folder with its `train.jsonl.xz` and `dev.jsonl`. Each recipe is a row of methods of `effllm compress`; recipes that
+train are made once per seed. Folders are kept in DIR, and those that are there already are not made again. With
+`--bench` the ONNX folders are timed against the dense model in ONNX Runtime and torch, one thread, one interleaved run.
+Rows go to `results/compression.jsonl`.
+
+Calibration and training texts are the training set's, accuracy is dev's, which chose nothing here but the dense model's
+own checkpoint. One model, one task, one processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from effllm import machine
+from effllm.compression import parse_method
+from effllm.compression.pipeline import compress
+from effllm.data.readers import read_examples
+from effllm.lineup import BenchSettings, bench
+from effllm.measure.quality import evaluate
+from effllm.rows import Row, read_rows, write_rows
+from effllm.runtime.predictor import Predictor
+from effllm.variant import Variant
+
+RESULTS = Path(__file__).parent / "results" / "compression.jsonl"
+DISTIL = "distil:steps=600,learning_rate=2e-4,seed={seed}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of methods; `{seed}` in it stands for the run's seed."""
+
+    specs: tuple[str, ...]
+
+    @property
+    def trains(self) -> bool:
+        """Whether seeds make a difference."""
+        return any("{seed}" in spec for spec in self.specs)
+
+
+def _sparse() -> dict[str, Recipe]:
+    recipes = {}
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        recipes[f"{method} 50 %"] = Recipe((f"{method}:sparsity=0.5",))
+        recipes[f"{method} 2:4"] = Recipe((f"{method}:pattern=2:4",))
+    for share in (0.7, 0.8, 0.9):
+        for method in ("magnitude", "obert"):
+            spec = f"{method}:sparsity={share},epochs=0"
+            recipes[f"{method} {share:.0%}"] = Recipe((spec,))
+            recipes[f"{method} {share:.0%} + distil"] = Recipe((spec, DISTIL))
+    return recipes
+
+
+RECIPES = {
+    "int8": Recipe(("int8",)),
+    "int4 gptq": Recipe(("int4:algorithm=gptq,group=128",)),
+    "int4 rtn": Recipe(("int4:algorithm=rtn,group=128",)),
+    "nf4": Recipe(("nf4",)),
+    "structured 2x": Recipe(("structured:flops=0.5",)),
+    "structured 2x + distil": Recipe(("structured:flops=0.5", DISTIL)),
+    "structured 2x + distil + int8": Recipe(("structured:flops=0.5", DISTIL, "int8")),
+    "structured 3x": Recipe(("structured:flops=0.33",)),
+    "structured 3x + distil": Recipe(("structured:flops=0.33", DISTIL)),
+    "structured 3x + distil + int8": Recipe(("structured:flops=0.33", DISTIL, "int8")),
+    **_sparse(),
+}
+
+
+def make(name: str, recipe: Recipe, model: Path, data: Path, work: Path, seed: int) -> Path:
+    """Return the folder of a recipe, made if it is not there."""
+    out = work / f"{name.replace(' ', '-').replace(':', '-')}-seed{seed}"
+    if not out.exists():
+        compress(
+            model,
+            out,
+            method=[parse_method(spec.format(seed=seed)) for spec in recipe.specs],
+            calib=data / "train.jsonl.xz",
+            train=data / "train.jsonl.xz",
+            dev=data / "dev.jsonl",
+            max_drop=1.0,
+            threads=1,
+        )
+        print(f"made {out.name}", flush=True)
+    return out
+
+
+def accuracy(folder: Path, data: Path) -> float:
+    """Return the dev accuracy of a folder, as it answers when it is loaded."""
+    predictor = Predictor.open(folder, threads=1)
+    examples = read_examples(data / "dev.jsonl", predictor.task, predictor.head, gold=True)
+    return evaluate(predictor, examples, "dev")[0][0].value
+
+
+def rows_of(name: str, folders: list[Path], data: Path) -> Iterable[Row]:
+    """Yield accuracy and size of a recipe: the median over seeds, bounded by the lowest and the highest."""
+    values = [accuracy(folder, data) for folder in folders]
+    manifest = Variant.open(folders[0]).manifest
+    how = {
+        "split": "dev",
+        "methods": [{"method": s.get("method", s["verb"]), **s.get("settings", {})} for s in manifest["steps"]],
+        "bounds": "lowest and highest",
+    }
+    where = machine.describe()
+    ends = (min(values), max(values)) if len(values) > 1 else (None, None)
+    yield Row("accuracy", statistics.median(values), "absolute", name, len(values), *ends, how, where)
+    sizes = [e["size_bytes"] for n, e in manifest["files"].items() if n.endswith((".safetensors", ".onnx"))]
+    yield Row("model size", float(sum(sizes)), "bytes", name)
+
+
+def main() -> None:
+    """Make what is missing, measure, add the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", default=",".join(RECIPES))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--bench", action="store_true", help="also time the ONNX folders")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    found = {row.system: row for row in read_rows(RESULTS)} if RESULTS.is_file() else {}
+    rows = list(read_rows(RESULTS)) if found else []
+    folders: dict[str, list[Path]] = {}
+    for name in arguments.only.split(","):
+        recipe = RECIPES[name]
+        seeds = range(arguments.seeds if recipe.trains else 1)
+        folders[name] = [make(name, recipe, arguments.model, arguments.data, arguments.work, s) for s in seeds]
+        rows = [r for r in rows if not (r.system == name and r.metric in {"accuracy", "model size"})]
+        rows += rows_of(name, folders[name], arguments.data)
+        write_rows(RESULTS, rows)
+        print(
+            f"{name:32} {rows[-2].value:.4f} {rows[-2].low} {rows[-2].high}  {rows[-1].value / 1e6:.1f} MB", flush=True
+        )
+    rows = [r for r in rows if r.system != "dense"]
+    rows += rows_of("dense", [arguments.model], arguments.data)
+    if arguments.bench:
+        timed = [f[0] for f in folders.values() if (f[0] / "onnx").is_dir()]
+        settings = BenchSettings(
+            data=arguments.data / "dev.jsonl", threads=1, tokens=(64, 128), batch_sizes=(1, 16), rounds=15
+        )
+        rows = [r for r in rows if r.how.get("batch") is None]
+        rows += [r for r in bench([arguments.model, *timed], settings) if r.how.get("batch") is not None]
+    write_rows(RESULTS, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The search: what it tries, what it keeps, how it goes on; on trials that cost nothing, and once for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import LABELS, WORDS, make_model
+
+import effllm
+from effllm.compression.auto import CLOSE, Auto, Search, Trial
+from effllm.errors import GateFailed, SettingError
+
+
+def trial(specs: tuple[str, ...], drop: float, speedup: float, size: float = 0.25) -> Trial:
+    return Trial(specs, folder="made", drop=drop, speedup=speedup, size=size, seconds=1.0)
+
+
+def world(limit: float) -> Callable[[tuple[str, ...]], Trial]:
+    """A model that keeps its quality down to a share of `limit`, and is faster by what is taken away."""
+
+    def make(specs: tuple[str, ...]) -> Trial:
+        share = next((float(s.split("=")[1].split(",")[0]) for s in specs if s.startswith("structured")), 1.0)
+        rescued = any("float_layers" in s for s in specs)
+        drop = 0.0 if share >= limit or (rescued and share >= limit - CLOSE) else 0.05
+        return trial(specs, drop, 2 / share * (0.9 if rescued else 1), size=0.25 * share)
+
+    return make
+
+
+def search(folder: Path, make: Callable[[tuple[str, ...]], Trial], identity: str = "a") -> Search:
+    (folder / "made").mkdir(exist_ok=True)
+    return Search(make, folder / "trials.jsonl", identity)
+
+
+def share_of(found: Trial) -> float:
+    return float(found.specs[0].split("=")[1])
+
+
+def test_it_keeps_the_fastest_trial_that_passes(tmp_path: Path) -> None:
+    runs = search(tmp_path, world(0.4))
+    best = Auto().search(runs, 0.01, distil=False)
+    assert best.drop <= 0.01
+    assert best.speedup == max(t.speedup for t in runs.all if t.drop <= 0.01)
+    assert 0.4 - CLOSE <= share_of(best) <= 0.4 + CLOSE
+
+
+def test_distillation_is_in_the_trials_only_where_there_are_texts_to_train_on(tmp_path: Path) -> None:
+    for distil in (False, True):
+        folder = tmp_path / str(distil)
+        folder.mkdir()
+        runs = search(folder, world(0.4))
+        Auto().search(runs, 0.01, distil=distil)
+        pruned = [t for t in runs.all if t.specs[0].startswith("structured")]
+        assert all(any(s.startswith("distil") for s in t.specs) == distil for t in pruned)
+
+
+def test_a_target_ends_the_search_at_the_first_trial_that_reaches_it(tmp_path: Path) -> None:
+    runs = search(tmp_path, world(0.1))
+    best = Auto(target_speedup=3.5).search(runs, 0.01, distil=False)
+    assert best is runs.all[-1]
+    assert [t.specs[0] for t in runs.all] == ["int8", "structured:flops=0.75", "structured:flops=0.5"]
+    small = search(tmp_path, world(0.1), identity="b")
+    assert Auto(target_size=0.13).search(small, 0.01, distil=False).size <= 0.13
+
+
+def test_nothing_that_passes_is_a_failed_gate(tmp_path: Path) -> None:
+    with pytest.raises(GateFailed, match=r"no trial stays within the allowed 1.00%; tried int8: 20.00%"):
+        Auto().search(search(tmp_path, lambda specs: trial(specs, 0.2, 2.0)), 0.01, distil=False)
+
+
+def test_the_budget_starts_no_more_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10_000, 50))
+    monkeypatch.setattr("effllm.compression.auto.time.monotonic", lambda: float(next(now)))
+    runs = search(tmp_path, world(0.1))
+    Auto(budget_minutes=2).search(runs, 0.01, distil=False)
+    assert len(runs.all) == 2
+
+
+def test_a_killed_search_goes_on_without_making_a_trial_again(tmp_path: Path) -> None:
+    whole = search(tmp_path, world(0.4))
+    Auto().search(whole, 0.01, distil=False)
+    lines = whole.journal.read_text().splitlines()
+    whole.journal.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # killed while it wrote the third
+    made: list[tuple[str, ...]] = []
+
+    def make(specs: tuple[str, ...]) -> Trial:
+        made.append(specs)
+        return world(0.4)(specs)
+
+    again = search(tmp_path, make)
+    Auto().search(again, 0.01, distil=False)
+    assert [t.specs for t in again.all] == [t.specs for t in whole.all]
+    assert made == [t.specs for t in whole.all[2:]]
+    assert not search(tmp_path, make, identity="another model").seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"target_speedup": 2.0, "target_size": 0.5}, "not both"),
+        ({"target_size": 1.5}, "between 0 and 1"),
+        ({"budget_minutes": 0.0}, "above 0"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(settings: dict[str, float], reason: str) -> None:
+    with pytest.raises(SettingError, match=reason):
+        Auto(**settings)
+
+
+def test_it_stands_alone(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="auto must stand alone"):
+        effllm.compress(tmp_path, tmp_path / "out", method=[Auto(), effllm.Int8()])
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> effllm.Variant:
+    root = tmp_path_factory.mktemp("auto")
+    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(4 + i % 9)) for i in range(40)]
+    labels = LABELS["text-classification"]
+    train = root / "train.jsonl"
+    train.write_text("".join(json.dumps({"text": t, "label": labels[i % 3]}) + "\n" for i, t in enumerate(texts)))
+    auto = Auto(distil_steps=2, budget_minutes=0.001)
+    return effllm.compress(make_model(root / "model"), root / "out", method=auto, train=train, max_drop=1.0, threads=1)
+
+
+def test_the_result_is_a_variant_with_every_trial_in_its_rows(searched: effllm.Variant) -> None:
+    steps = searched.manifest["steps"]
+    assert [step["method"] for step in steps] == ["auto", "int8"]
+    assert searched.manifest["trials"][0]["methods"] == ["int8"]
+    assert {row.metric for row in searched.rows} >= {"latency p50", "speed-up", "model size"}
+    assert any(note.startswith("chosen: int8") for note in searched.manifest["notes"])
+    assert effllm.open(searched.path, threads=1).predict("good movie")["label"] in LABELS["text-classification"]
+    assert not list(searched.path.parent.glob(".out.search"))
