@@ -30,10 +30,11 @@ def pretrain(data: str, out: str, resume: bool, force: bool, settings: PretrainS
     OUT/last and OUT/best are model folders that transformers loads. A run that was killed goes on with --resume,
     bit for bit on the CPU.
     """
-    from effllm.cli.training import follow
+    from effllm.cli.training import follow, is_first_process
     from effllm.train.pretrain import pretrain as run
 
     records = run(data, out, settings, resume=resume, force=force)
     follow((("", record) for record in records), settings.log_every)
-    say(f"wrote {out}: last and best are model folders, report.html shows the run")
-    say(f"try: effllm predict {out}/best 'a text with a [MASK] in it'")
+    if is_first_process():
+        say(f"wrote {out}: last and best are model folders, report.html shows the run")
+        say(f"try: effllm predict {out}/best 'a text with a [MASK] in it'")

@@ -76,7 +76,7 @@ class MaskedLanguageModel(nn.Module):
             inputs["token_type_ids"] = type_ids[None]
         output = self.model(**inputs)
         if len(self.components) == 1:
-            return _cross_entropy(output.logits[0], labels)[None]
+            return torch.stack([_cross_entropy(output.logits[0], labels)])
         pairs = _cross_entropy(output.seq_relationship_logits, pair_labels)
         return torch.stack([_cross_entropy(output.prediction_logits[0], labels), pairs])
 

@@ -62,6 +62,21 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def assert_same_trace(run: Path, whole: Path) -> None:
+    """The same up to the rounding of sums in another order."""
+    found, wanted = trace(run), trace(whole)
+    assert found.keys() == wanted.keys()
+    for step, (loss, norm) in wanted.items():
+        assert found[step][0] == pytest.approx(loss, rel=1e-5)
+        assert found[step][1] == pytest.approx(norm, rel=1e-4)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def whole(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted."""
@@ -88,9 +103,7 @@ def test_it_learns_and_every_checkpoint_is_a_model_folder(tokens: Path, whole: P
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_changes_nothing_but_rounding(tokens: Path, whole: Path, tmp_path: Path, accumulate: int) -> None:
     finish(tokens, tmp_path / "run", accumulate=accumulate)
-    for step, (loss, norm) in trace(tmp_path / "run").items():
-        assert loss == pytest.approx(trace(whole)[step][0], rel=1e-5)
-        assert norm == pytest.approx(trace(whole)[step][1], rel=1e-4)
+    assert_same_trace(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize(("stop", "workers"), [(1, 0), (4, 2), (7, 0)])
@@ -277,18 +290,53 @@ def test_the_command_line_writes_to_stderr_and_refuses_in_one_line(tokens: Path,
 def test_two_processes_on_one_host_or_two_give_the_trace_of_one(
     tokens: Path, whole: Path, tmp_path: Path, hosts: int
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     each = ["--nnodes", str(hosts), "--nproc-per-node", str(2 // hosts), "--rdzv-backend", "c10d"]
-    each += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
+    each += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
     launched = [sys.executable, "-m", "torch.distributed.run", *each, *command(tokens, tmp_path / "run")[1:]]
     running = [subprocess.Popen(launched, stderr=subprocess.PIPE, text=True) for _ in range(hosts)]
     for process in running:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-    found = trace(tmp_path / "run")
-    assert found.keys() == trace(whole).keys()
-    for step, (loss, norm) in trace(whole).items():
-        assert found[step][0] == pytest.approx(loss, rel=1e-5)
-        assert found[step][1] == pytest.approx(norm, rel=1e-4)
+    assert_same_trace(tmp_path / "run", whole)
+
+
+def shard(script: list[str], tokens: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run `effllm pretrain` on two processes with the FSDP config of the examples."""
+    config = Path(__file__).parents[2] / "examples" / "fsdp.yaml"
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        "2",
+    ]
+    launched = [*launcher, "--main_process_port", str(free_port()), *script, *command(tokens, out, *more)[3:]]
+    return subprocess.run(launched, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_gives_the_trace_of_one_process_and_resumes(tokens: Path, whole: Path, tmp_path: Path) -> None:
+    script = [str(Path(__file__).parent / "fsdp_on_cpu.py")]
+    result = shard(script, tokens, tmp_path / "sharded")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_trace(tmp_path / "sharded", whole)
+    folder = tmp_path / "sharded" / "last"
+    _, info = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    for name, tensor in weights(whole).items():
+        np.testing.assert_allclose(weights(tmp_path / "sharded")[name], tensor, rtol=0, atol=2e-5, err_msg=name)
+
+    out = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "sharded", out, symlinks=True)
+    shutil.rmtree(out / "checkpoints" / "step-00000008")
+    assert shard(script, tokens, out, "--resume").returncode == 0
+    assert_same_run(tmp_path / "sharded", out)
+
+
+@pytest.mark.slow
+def test_sharding_that_would_not_happen_is_refused(tokens: Path, tmp_path: Path) -> None:
+    result = shard(["-m", "effllm"], tokens, tmp_path / "run")
+    assert "error: accelerate shards models (FSDP) on GPUs only" in result.stderr
+    assert not (tmp_path / "run").exists()
