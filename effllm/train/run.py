@@ -22,7 +22,7 @@ from effllm.train.checkpoint import Progress
 from effllm.train.loop import Loop, StepRecord, StepSource
 from effllm.train.optimizers import build_optimizer
 from effllm.train.runlog import RunLog
-from effllm.train.settings import LoopSettings
+from effllm.train.settings import FinetuneSettings, LoopSettings
 from effllm.train.sharding import check_sharded, name_layers, sharding, whole_weights
 from effllm.variant import Variant
 
@@ -128,21 +128,24 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
     except TrainingStopped as error:
         raise TrainingStopped(f"{error}; {keeper.last_good()}") from None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(s, error) from None
+        raise SettingError(f"{_out_of_memory(s, error)}; {keeper.last_good()}") from None
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise _out_of_memory(s, error) from None
+        raise SettingError(f"{_out_of_memory(s, error)}; {keeper.last_good()}") from None
     finally:
         if runlog:
             runlog.close()
 
 
-def _out_of_memory(settings: LoopSettings, error: BaseException) -> SettingError:
+def _out_of_memory(settings: LoopSettings, error: BaseException) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return SettingError(
-        f"out of memory ({reason}); double --accumulate (now {settings.accumulate}), which halves the sequences that "
-        "are in memory at a time and does not change the result"
+    smaller = f"double --accumulate (now {settings.accumulate})"
+    if isinstance(settings, FinetuneSettings):
+        smaller = f"halve --pass-tokens (now {settings.pass_tokens})"
+    return (
+        f"out of memory ({reason}); go on with --resume and {smaller}: half as much is in memory at a time, and the "
+        "result is the same up to rounding"
     )
 
 

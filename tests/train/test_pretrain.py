@@ -227,6 +227,38 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the notes."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:130] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+    ],
+)
+def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(
+    tokens: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, error: Exception
+) -> None:
+    from effllm.cli import main
+    from effllm.train.objectives import MaskedLanguageModel
+
+    forward, steps = MaskedLanguageModel.forward, iter(range(100))
+
+    def scarce(self, **arrays):
+        if self.training and next(steps) == 4:
+            raise error
+        return forward(self, **arrays)
+
+    monkeypatch.setattr(MaskedLanguageModel, "forward", scarce)
+    assert main(command(tokens, tmp_path / "run")[3:]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: out of memory (")
+    assert "go on with --resume and double --accumulate (now 1)" in last
+    assert "the last good checkpoint is of step 3" in last
+    monkeypatch.undo()
+    finish(tokens, tmp_path / "run", resume=True, accumulate=2)
+    assert_same_trace(tmp_path / "run", whole)
+
+
 @pytest.mark.parametrize("objective", ["mlm+nsp", "mlm+sop"])
 def test_pair_objectives_train(tokens: Path, tmp_path: Path, objective: str) -> None:
     last = finish(tokens, tmp_path / "run", objective=objective, steps=2, save_every=0)[-1]
