@@ -181,7 +181,7 @@ class _Keeper:
 
     def last_good(self) -> str:
         """Return the sentence that names the checkpoint to fall back on."""
-        if self.progress.step:
+        if (self.run.folder / "last").exists():
             return f"the last good checkpoint is of step {self.progress.step} ({self.run.folder / 'last'})"
         return "there is no checkpoint yet"
 

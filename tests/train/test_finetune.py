@@ -160,7 +160,7 @@ def test_out_of_memory_names_the_setting_to_halve(base: Path, tmp_path: Path, mo
     monkeypatch.setattr(SupervisedModel, "forward", scarce)
     train = write_jsonl(tmp_path / "train.jsonl", classified())
     with pytest.raises(SettingError, match=r"halve --pass-tokens \(now 512\).*there is no checkpoint yet"):
-        run(base, tmp_path / "out", "text-classification", train, pass_tokens=512)
+        run(base, tmp_path / "out", "text-classification", train, settings={"pass_tokens": 512})
     assert not (tmp_path / "out").exists()
 
 

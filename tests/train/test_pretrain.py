@@ -19,9 +19,17 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+import effllm
+from effllm.cli import main
+from effllm.data.packing import evaluation_batches
+from effllm.data.samples import Samples
+from effllm.data.store import TokenStore
+from effllm.data.vocabulary import Vocabulary
 from effllm.errors import ArtifactError, SettingError, TrainingStopped
 from effllm.train import loop as loops
 from effllm.train import run as runs
+from effllm.train.branch import Trunk
+from effllm.train.objectives import MaskedLanguageModel
 from effllm.train.pretrain import pretrain
 from effllm.train.runlog import read_log
 from effllm.train.settings import PretrainSettings
@@ -238,9 +246,6 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(
     tokens: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, error: Exception
 ) -> None:
-    from effllm.cli import main
-    from effllm.train.objectives import MaskedLanguageModel
-
     forward, steps = MaskedLanguageModel.forward, iter(range(100))
 
     def scarce(self, **arrays):
@@ -315,6 +320,70 @@ def test_the_command_line_writes_to_stderr_and_refuses_in_one_line(tokens: Path,
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: give --steps or --seconds")
     assert json.dumps(result.stdout) == '""'
+
+
+def test_the_evaluation_counts_the_masked_tokens_that_are_right(tokens: Path, whole: Path) -> None:
+    rows = [line["evaluation"] for line in read_log(whole) if "evaluation" in line][-1]
+    assert [row["metric"] for row in rows] == ["masked loss", "masked accuracy"]
+    vocabulary = Vocabulary.read(tokens / "tokenizer")
+    samples = Samples(TokenStore.open(tokens, "dev"), vocabulary, BASE["max_length"], "mlm")
+    model = transformers.AutoModelForMaskedLM.from_pretrained(whole / "last", attn_implementation="eager").eval()
+    right = count = 0
+    for batch in evaluation_batches(samples, vocabulary, limit=BASE["eval_limit"]):
+        starts = np.concatenate(([0], np.cumsum(batch.lengths)[:-1]))
+        rows_of = [
+            torch.from_numpy(batch.input_ids[a : a + n])[None] for a, n in zip(starts, batch.lengths, strict=True)
+        ]
+        guesses = torch.cat([model(input_ids=ids).logits[0].argmax(-1) for ids in rows_of]).numpy()
+        right += int((guesses[batch.masked_positions] == batch.labels).sum())
+        count += len(batch.labels)
+    assert rows[1]["n"] == count
+    assert rows[1]["value"] == pytest.approx(right / count, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def stable(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose checkpoints of steps 2, 4 and 6 are before its decay."""
+    out = tmp_path_factory.mktemp("runs") / "stable"
+    finish(tokens, out, schedule="wsd", steps=10, decay=0.3, warmup=0.1, save_every=2, keep=9)
+    return out
+
+
+def test_a_decay_branch_repeats_the_next_step_of_its_run_and_ends_at_nothing(
+    tokens: Path, stable: Path, tmp_path: Path
+) -> None:
+    trunk = Trunk.open(stable / "checkpoints" / "step-00000004")
+    settings_of_branch = trunk.decaying(4, {"save_every": 2})
+    records = list(pretrain(tokens, tmp_path / "branch", settings_of_branch, trunk=trunk))
+    assert [record.step for record in records] == [5, 6, 7, 8]
+    assert trace(tmp_path / "branch")[5] == trace(stable)[5]
+    rates = [record.learning_rate / BASE["learning_rate"] for record in records]
+    assert rates == pytest.approx([1 - ((k + 0.5) / 4) ** 0.5 for k in range(4)], rel=1e-12)
+
+    steps = pretrain(tokens, tmp_path / "resumed", settings_of_branch, trunk=trunk)
+    for record in steps:
+        if record.step == 7:
+            break
+    steps.close()
+    list(pretrain(tokens, tmp_path / "resumed", settings_of_branch, trunk=trunk, resume=True))
+    assert_same_run(tmp_path / "branch", tmp_path / "resumed")
+
+
+def test_a_branch_from_the_command_line_keeps_the_settings_of_its_run(
+    tokens: Path, stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["pretrain", str(tokens), "--out", str(tmp_path / "out"), "--steps", "1"]
+    checkpoint = str(stable / "checkpoints" / "step-00000006")
+    assert main([*base, "--branch", checkpoint, "--batch-size", "8"]) == 2
+    assert "leave out --batch-size" in capsys.readouterr().err
+    assert main([*base, "--branch", str(stable)]) == 2
+    assert "step-00000010 cannot be branched: its learning rate is 0 of the full one" in capsys.readouterr().err
+    assert main([*base, "--branch", str(tokens)]) == 2
+    assert "neither a pre-training run nor one of its checkpoints" in capsys.readouterr().err
+    assert main([*base, "--branch", checkpoint, "--log-every", "1"]) == 0
+    assert trace(tmp_path / "out")[7] == trace(stable)[7]
+    settings_of_run = effllm.Variant.open(tmp_path / "out" / "last").manifest["steps"]
+    assert [step["settings"]["schedule"] for step in settings_of_run] == ["wsd", "wsd"]
 
 
 @pytest.mark.slow
