@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from runs import BASE, assert_same_run, assert_same_trace, command, finish, settings, trace, weights
 
-import effllm
 from effllm.cli import main
 from effllm.data.packing import evaluation_batches
 from effllm.data.samples import Samples
@@ -28,61 +25,9 @@ from effllm.data.vocabulary import Vocabulary
 from effllm.errors import ArtifactError, SettingError, TrainingStopped
 from effllm.train import loop as loops
 from effllm.train import run as runs
-from effllm.train.branch import Trunk
 from effllm.train.objectives import MaskedLanguageModel
 from effllm.train.pretrain import pretrain
 from effllm.train.runlog import read_log
-from effllm.train.settings import PretrainSettings
-
-BASE = {
-    "model": "tiny",
-    "steps": 8,
-    "batch_size": 16,
-    "max_length": 32,
-    "learning_rate": 2e-3,
-    "save_every": 3,
-    "log_every": 1,
-    "eval_limit": 8,
-}
-
-
-def settings(**changes) -> PretrainSettings:
-    return PretrainSettings(**{**BASE, **changes})
-
-
-def finish(tokens: Path, out: Path, resume: bool = False, **changes) -> list:
-    return list(pretrain(tokens, out, settings(**changes), resume=resume))
-
-
-def trace(run: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm of each step."""
-    return {line["step"]: (line["loss"], line["gradient_norm"]) for line in read_log(run) if "loss" in line}
-
-
-def weights(run: Path) -> dict[str, np.ndarray]:
-    return load_file(run / "last" / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert trace(one) == trace(other)
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
-
-
-def assert_same_trace(run: Path, whole: Path) -> None:
-    """The same up to the rounding of sums in another order."""
-    found, wanted = trace(run), trace(whole)
-    assert found.keys() == wanted.keys()
-    for step, (loss, norm) in wanted.items():
-        assert found[step][0] == pytest.approx(loss, rel=1e-5)
-        assert found[step][1] == pytest.approx(norm, rel=1e-4)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +36,6 @@ def whole(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     finish(tokens, out)
     return out
-
-
-def command(tokens: Path, out: Path, *more: str) -> list[str]:
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
-    return [sys.executable, "-m", "effllm", "pretrain", str(tokens), "--out", str(out), *flags, *more]
 
 
 def test_it_learns_and_every_checkpoint_is_a_model_folder(tokens: Path, whole: Path) -> None:
@@ -339,105 +279,3 @@ def test_the_evaluation_counts_the_masked_tokens_that_are_right(tokens: Path, wh
         count += len(batch.labels)
     assert rows[1]["n"] == count
     assert rows[1]["value"] == pytest.approx(right / count, abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def stable(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose checkpoints of steps 2, 4 and 6 are before its decay."""
-    out = tmp_path_factory.mktemp("runs") / "stable"
-    finish(tokens, out, schedule="wsd", steps=10, decay=0.3, warmup=0.1, save_every=2, keep=9)
-    return out
-
-
-def test_a_decay_branch_repeats_the_next_step_of_its_run_and_ends_at_nothing(
-    tokens: Path, stable: Path, tmp_path: Path
-) -> None:
-    trunk = Trunk.open(stable / "checkpoints" / "step-00000004")
-    settings_of_branch = trunk.decaying(4, {"save_every": 2})
-    records = list(pretrain(tokens, tmp_path / "branch", settings_of_branch, trunk=trunk))
-    assert [record.step for record in records] == [5, 6, 7, 8]
-    assert trace(tmp_path / "branch")[5] == trace(stable)[5]
-    rates = [record.learning_rate / BASE["learning_rate"] for record in records]
-    assert rates == pytest.approx([1 - ((k + 0.5) / 4) ** 0.5 for k in range(4)], rel=1e-12)
-
-    steps = pretrain(tokens, tmp_path / "resumed", settings_of_branch, trunk=trunk)
-    for record in steps:
-        if record.step == 7:
-            break
-    steps.close()
-    list(pretrain(tokens, tmp_path / "resumed", settings_of_branch, trunk=trunk, resume=True))
-    assert_same_run(tmp_path / "branch", tmp_path / "resumed")
-
-
-def test_a_branch_from_the_command_line_keeps_the_settings_of_its_run(
-    tokens: Path, stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = ["pretrain", str(tokens), "--out", str(tmp_path / "out"), "--steps", "1"]
-    checkpoint = str(stable / "checkpoints" / "step-00000006")
-    assert main([*base, "--branch", checkpoint, "--batch-size", "8"]) == 2
-    assert "leave out --batch-size" in capsys.readouterr().err
-    assert main([*base, "--branch", str(stable)]) == 2
-    assert "step-00000010 cannot be branched: its learning rate is 0 of the full one" in capsys.readouterr().err
-    assert main([*base, "--branch", str(tokens)]) == 2
-    assert "neither a pre-training run nor one of its checkpoints" in capsys.readouterr().err
-    assert main([*base, "--branch", checkpoint, "--log-every", "1"]) == 0
-    assert trace(tmp_path / "out")[7] == trace(stable)[7]
-    settings_of_run = effllm.Variant.open(tmp_path / "out" / "last").manifest["steps"]
-    assert [step["settings"]["schedule"] for step in settings_of_run] == ["wsd", "wsd"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_two_processes_on_one_host_or_two_give_the_trace_of_one(
-    tokens: Path, whole: Path, tmp_path: Path, hosts: int
-) -> None:
-    each = ["--nnodes", str(hosts), "--nproc-per-node", str(2 // hosts), "--rdzv-backend", "c10d"]
-    each += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
-    launched = [sys.executable, "-m", "torch.distributed.run", *each, *command(tokens, tmp_path / "run")[1:]]
-    running = [subprocess.Popen(launched, stderr=subprocess.PIPE, text=True) for _ in range(hosts)]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-    assert_same_trace(tmp_path / "run", whole)
-
-
-def shard(script: list[str], tokens: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run `effllm pretrain` on two processes with the FSDP config of the examples."""
-    config = Path(__file__).parents[2] / "examples" / "fsdp.yaml"
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "--num_processes",
-        "2",
-    ]
-    launched = [*launcher, "--main_process_port", str(free_port()), *script, *command(tokens, out, *more)[3:]]
-    return subprocess.run(launched, capture_output=True, text=True, timeout=300, check=False)
-
-
-@pytest.mark.slow
-def test_a_sharded_model_gives_the_trace_of_one_process_and_resumes(tokens: Path, whole: Path, tmp_path: Path) -> None:
-    script = [str(Path(__file__).parent / "fsdp_on_cpu.py")]
-    result = shard(script, tokens, tmp_path / "sharded")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert_same_trace(tmp_path / "sharded", whole)
-    folder = tmp_path / "sharded" / "last"
-    _, info = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"]
-    for name, tensor in weights(whole).items():
-        np.testing.assert_allclose(weights(tmp_path / "sharded")[name], tensor, rtol=0, atol=2e-5, err_msg=name)
-
-    out = tmp_path / "resumed"
-    shutil.copytree(tmp_path / "sharded", out, symlinks=True)
-    shutil.rmtree(out / "checkpoints" / "step-00000008")
-    assert shard(script, tokens, out, "--resume").returncode == 0
-    assert_same_run(tmp_path / "sharded", out)
-
-
-@pytest.mark.slow
-def test_sharding_that_would_not_happen_is_refused(tokens: Path, tmp_path: Path) -> None:
-    result = shard(["-m", "effllm"], tokens, tmp_path / "run")
-    assert "error: accelerate shards models (FSDP) on GPUs only" in result.stderr
-    assert not (tmp_path / "run").exists()
