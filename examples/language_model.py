@@ -21,7 +21,7 @@ import effllm
 
 LANGUAGES = {
     "en": (
-        effllm.PrepareSettings(tokenizer="wordpiece", vocab_size=4096),
+        effllm.PrepareSettings(tokenizer="wordpiece", vocab_size=3072),
         ("The function returns a [MASK] object.", "This is the [MASK] of the class."),
     ),
     "zh": (effllm.PrepareSettings(tokenizer="bpe", vocab_size=8192), ("北京是中国的[MASK]都。", "他出生于[MASK]年。")),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import click
+from click.core import ParameterSource
 
 from effllm.cli.console import say
 from effllm.cli.options import FORCE, OUT, settings_options
-from effllm.train.settings import PretrainSettings
+from effllm.errors import SettingError
+from effllm.train.settings import FREE, PretrainSettings
 
 
 @click.command(
@@ -16,24 +21,47 @@ Examples:
   effllm pretrain tokens --out run --model mini --steps 2000 --save-every 500
   effllm pretrain tokens --out run --model mini --steps 2000 --save-every 500 --resume
   effllm pretrain tokens --out quick --seconds 600
+  effllm pretrain tokens --out trunk --steps 50000 --schedule constant --keep 20
+  effllm pretrain tokens --out model-20k --branch trunk/checkpoints/step-00020000 --steps 2000
   torchrun --nproc-per-node 2 -m effllm pretrain tokens --out run --steps 2000
 """
 )
 @click.argument("data", metavar="DIR")
 @OUT
+@click.option(
+    "--branch",
+    metavar="DIR",
+    help="Go on from a run or checkpoint with its settings; the learning rate falls to 0 over --steps.",
+)
 @settings_options(PretrainSettings)
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint of --out.")
 @FORCE
-def pretrain(data: str, out: str, resume: bool, force: bool, settings: PretrainSettings) -> None:
+def pretrain(data: str, out: str, branch: str | None, resume: bool, force: bool, settings: PretrainSettings) -> None:
     """Pre-train a masked language model on DIR, a folder that `effllm prepare` wrote.
 
     OUT/last and OUT/best are model folders that transformers loads. A run that was killed goes on with --resume,
     bit for bit on the CPU.
     """
-    from effllm.cli.training import follow
+    from effllm.cli.training import follow, is_first_process
+    from effllm.train.branch import Trunk
     from effllm.train.pretrain import pretrain as run
 
-    records = run(data, out, settings, resume=resume, force=force)
+    trunk = Trunk.open(branch) if branch else None
+    if trunk:
+        settings = trunk.decaying(settings.steps, _free_settings(settings))
+    records = run(data, out, settings, trunk=trunk, resume=resume, force=force)
     follow((("", record) for record in records), settings.log_every)
-    say(f"wrote {out}: last and best are model folders, report.html shows the run")
-    say(f"try: effllm predict {out}/best 'a text with a [MASK] in it'")
+    if is_first_process():
+        say(f"wrote {out}: last and best are model folders, report.html shows the run")
+        say(f"try: effllm predict {out}/best 'a text with a [MASK] in it'")
+
+
+def _free_settings(settings: PretrainSettings) -> dict[str, Any]:
+    """Return the settings given beside --branch and --steps. Raises SettingError for those that decide the numbers."""
+    context = click.get_current_context()
+    names = [f.name for f in dataclasses.fields(settings) if f.name != "steps"]
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    for name in given:
+        if name not in FREE:
+            raise SettingError(f"--branch keeps the settings of its run; leave out --{name.replace('_', '-')}")
+    return {name: getattr(settings, name) for name in given}

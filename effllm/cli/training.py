@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,18 @@ if TYPE_CHECKING:
     from effllm.train.loop import StepRecord
 
 
+def is_first_process() -> bool:
+    """Return whether this is the process of a launch that talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def follow(records: Iterable[tuple[str, StepRecord]], log_every: int) -> None:
     """Draw steps, each with the name of its run, on stderr; of several processes only the first says anything."""
-    import os
-
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_process()
     columns = (TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (console.is_terminal and first)) as bars:
         bar = bars.add_task("starting", total=1.0)

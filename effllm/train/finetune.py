@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from effllm.data.labels import read_labels
 from effllm.data.readers import read_examples
 from effllm.data.split import digest
-from effllm.errors import SettingError, unknown_name
+from effllm.errors import SettingError, Unsupported, unknown_name
 from effllm.folder import ModelFolder, open_folder, read_json
 from effllm.measure.quality import evaluate
 from effllm.runtime.pooling import read_pooling
@@ -101,6 +101,10 @@ def _runs(
     force: bool,
 ) -> Iterator[FinetuneStep]:
     accelerator = make_accelerator(settings)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise Unsupported(
+            "fine-tuning does not shard models (FSDP); launch it with torchrun --nproc-per-node N -m effllm"
+        )
     if accelerator.is_main_process and work.exists() and not resume:
         shutil.rmtree(work)
     accelerator.wait_for_everyone()

@@ -62,6 +62,8 @@ class MaskedLanguageModel(nn.Module):
     ) -> torch.Tensor:
         """Return the summed cross entropies in nats, float32 (components,): of masked tokens, and of pairs.
 
+        In eval mode one more entry counts the masked tokens whose most probable token is the right one.
+
         `input_ids`, `position_ids` (from 0 in each sequence) and `type_ids` are int64 (T,), one packed row of sequences
         with `lengths` (n,); `masked_positions` and `labels` (M,); `pair_labels` (n,), -100 where a sequence has none.
         """
@@ -75,10 +77,13 @@ class MaskedLanguageModel(nn.Module):
         if self._segments:
             inputs["token_type_ids"] = type_ids[None]
         output = self.model(**inputs)
-        if len(self.components) == 1:
-            return _cross_entropy(output.logits[0], labels)[None]
-        pairs = _cross_entropy(output.seq_relationship_logits, pair_labels)
-        return torch.stack([_cross_entropy(output.prediction_logits[0], labels), pairs])
+        masked = output.logits[0] if len(self.components) == 1 else output.prediction_logits[0]
+        sums = [_cross_entropy(masked, labels)]
+        if len(self.components) == 2:
+            sums.append(_cross_entropy(output.seq_relationship_logits, pair_labels))
+        if not self.training:
+            sums.append((masked.argmax(dim=-1) == labels).sum().float())
+        return torch.stack(sums)
 
     def _keep_masked(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         output["last_hidden_state"] = Pick.apply(output.last_hidden_state[0], self._picked.masked)[None]

@@ -16,13 +16,17 @@ from effllm.data.packing import PackedBatch, PretrainStream, evaluation_batches
 from effllm.data.samples import Samples
 from effllm.data.store import TokenStore
 from effllm.data.vocabulary import Vocabulary
+from effllm.errors import SettingError
 from effllm.rows import Row
 from effllm.settings import to_json
+from effllm.train.branch import Trunk
+from effllm.train.checkpoint import Progress
 from effllm.train.loop import MicroBatch, StepRecord, to_tensors
 from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, tokenizer_files, train
 from effllm.train.settings import PretrainSettings
+from effllm.variant import weights_digest
 
 
 @dataclass
@@ -75,13 +79,21 @@ def micro_batch(batch: PackedBatch, *, pairs: bool = False) -> MicroBatch:
 
 
 def pretrain(
-    data: str | Path, out: str | Path, settings: PretrainSettings, *, resume: bool = False, force: bool = False
+    data: str | Path,
+    out: str | Path,
+    settings: PretrainSettings,
+    *,
+    trunk: Trunk | None = None,
+    resume: bool = False,
+    force: bool = False,
 ) -> Iterator[StepRecord]:
     """Pre-train on a folder that `prepare` wrote; yields a record after each step.
 
     Writes checkpoints and `log.jsonl` to `out`; `out/last` and `out/best` are model folders. With `resume` an
-    interrupted run goes on from its newest whole checkpoint, with the numbers that the uninterrupted run has. Raises
-    SettingError, ArtifactError or Unsupported for bad input before any work, TrainingStopped when a loss is not finite.
+    interrupted run goes on from its newest whole checkpoint, with the numbers that the uninterrupted run has. With
+    `trunk` it starts where that checkpoint stands, its weights, optimiser and place in the data; `settings` are then
+    those of `trunk.decaying`. Raises SettingError, ArtifactError or Unsupported for bad input before any work,
+    TrainingStopped when a loss is not finite.
     """
     folder, target = Path(data), Path(out)
     store = TokenStore.open(folder, "train")
@@ -90,8 +102,16 @@ def pretrain(
     source.open()
     accelerator = make_accelerator(settings)
     identity = {"verb": "pretrain", "data": store.fingerprint, **settings.deciding()}
+    start = None
+    if trunk:
+        identity["branch"] = weights_digest(trunk.checkpoint.path)
+        start = trunk.checkpoint, Progress(trunk.progress.step, trunk.progress.elapsed_s, None, None, None)
+        if trunk.checkpoint.manifest["parent"]["data"] != store.fingerprint:
+            raise SettingError(
+                f"{trunk.checkpoint.path} was not trained on {folder}; a branch keeps the data of its run"
+            )
     model = build_model(settings.model, vocabulary, settings.max_length, settings.objective, settings.seed)
-    checkpoint = open_run(target, identity, accelerator, resume=resume, force=force)
+    checkpoint = open_run(target, identity, accelerator, resume=resume, force=force) or start
     if checkpoint:
         model = build_model(str(checkpoint[0].path), vocabulary, settings.max_length, settings.objective, settings.seed)
     step = {"verb": "pretrain", "settings": to_json(settings)}
@@ -106,7 +126,7 @@ def pretrain(
         manifest={
             "task": "fill-mask",
             "parent": {"name": settings.model, "data": store.fingerprint},
-            "steps": [step],
+            "steps": [*(trunk.checkpoint.manifest["steps"] if trunk else []), step],
             "max_length": settings.max_length,
         },
     )
@@ -122,20 +142,21 @@ class DevLoss:
     settings: PretrainSettings
 
     def __call__(self, model: torch.nn.Module, device: torch.device) -> Evaluation | None:
-        """Return the mean loss of a masked token over at most `eval_limit` sequences; None without a dev split."""
+        """Return mean loss and accuracy on the masked tokens of at most `eval_limit` sequences; None without dev."""
         store = TokenStore.open(self.data, "dev")
         if len(store.tokens) == 0:
             return None
         samples = Samples(store, self.vocabulary, self.settings.max_length, "mlm")
         limit = self.settings.eval_limit or None
-        total, count = 0.0, 0
+        total, right, count = 0.0, 0.0, 0
         with torch.inference_mode():
             for batch in evaluation_batches(samples, self.vocabulary, limit=limit):
                 arrays = micro_batch(batch).arrays
-                total += float(model(**to_tensors(arrays, device))[0].double())
+                sums = model(**to_tensors(arrays, device)).tolist()
+                total, right = total + sums[0], right + sums[-1]
                 count += len(batch.labels)
-        loss = total / count
         how = {"mask rate": EVALUATION.rate, "sequences": min(len(samples), limit or len(samples)), "data": "dev"}
-        return Evaluation(
-            -loss, [Row("masked loss", loss, "nats", "model", count, how=how, machine=machine.describe())]
-        )
+        values = {"masked loss": (total / count, "nats"), "masked accuracy": (right / count, "share")}
+        on = machine.describe()
+        rows = [Row(name, value, unit, "model", count, how=how, machine=on) for name, (value, unit) in values.items()]
+        return Evaluation(-total / count, rows)

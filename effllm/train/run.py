@@ -22,7 +22,8 @@ from effllm.train.checkpoint import Progress
 from effllm.train.loop import Loop, StepRecord, StepSource
 from effllm.train.optimizers import build_optimizer
 from effllm.train.runlog import RunLog
-from effllm.train.settings import LoopSettings
+from effllm.train.settings import FinetuneSettings, LoopSettings
+from effllm.train.sharding import check_sharded, name_layers, sharding, whole_weights
 from effllm.variant import Variant
 
 TOKENIZER_FILES = (
@@ -69,10 +70,11 @@ class Run:
 def make_accelerator(settings: LoopSettings) -> Accelerator:
     """Return accelerate's view of this process among those of the run: devices, precision, DDP or FSDP.
 
-    Raises SettingError when a batch is too small to be split over the processes.
+    Raises SettingError when a batch is too small to be split over the processes, or these cannot shard the model.
     """
     precision = "bf16" if settings.precision == "bf16" else "no"
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, fsdp_plugin=sharding())
+    check_sharded(accelerator)
     parts = accelerator.num_processes * settings.accumulate
     if settings.batch_size < parts:
         raise SettingError(
@@ -105,6 +107,7 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
     """
     s = run.settings
     optimizer = build_optimizer(s.optimizer, run.module, s.learning_rate, s.weight_decay, (s.beta1, s.beta2), s.epsilon)
+    name_layers(accelerator, run.module)
     model, optimizer = accelerator.prepare(run.module, optimizer)
     if s.compile:
         model = torch.compile(model, dynamic=True)
@@ -125,21 +128,24 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
     except TrainingStopped as error:
         raise TrainingStopped(f"{error}; {keeper.last_good()}") from None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(s, error) from None
+        raise SettingError(f"{_out_of_memory(s, error)}; {keeper.last_good()}") from None
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise _out_of_memory(s, error) from None
+        raise SettingError(f"{_out_of_memory(s, error)}; {keeper.last_good()}") from None
     finally:
         if runlog:
             runlog.close()
 
 
-def _out_of_memory(settings: LoopSettings, error: BaseException) -> SettingError:
+def _out_of_memory(settings: LoopSettings, error: BaseException) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return SettingError(
-        f"out of memory ({reason}); double --accumulate (now {settings.accumulate}), which halves the sequences that "
-        "are in memory at a time and does not change the result"
+    smaller = f"double --accumulate (now {settings.accumulate})"
+    if isinstance(settings, FinetuneSettings):
+        smaller = f"halve --pass-tokens (now {settings.pass_tokens})"
+    return (
+        f"out of memory ({reason}); go on with --resume and {smaller}: half as much is in memory at a time, and the "
+        "result is the same up to rounding"
     )
 
 
@@ -175,7 +181,7 @@ class _Keeper:
 
     def last_good(self) -> str:
         """Return the sentence that names the checkpoint to fall back on."""
-        if self.progress.step:
+        if (self.run.folder / "last").exists():
             return f"the last good checkpoint is of step {self.progress.step} ({self.run.folder / 'last'})"
         return "there is no checkpoint yet"
 
@@ -197,17 +203,12 @@ class _Keeper:
         )
         rows = evaluation.rows if evaluation else []
         manifest = {**self.run.manifest, "rows": [row.to_json() for row in rows], "notes": []}
-        checkpoints.save(self.run.folder, self.loop, self.progress, self.write_model, manifest)
+        weights = whole_weights(self.run.module.model)
+        checkpoints.save(self.run.folder, self.loop, self.progress, lambda at: self._write_model(at, weights), manifest)
 
-    def write_model(self, folder: Path) -> None:
+    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Write config, weights and tokenizer, so that `from_pretrained` loads the folder."""
-        accelerator = self.loop.accelerator
-        state = {
-            name.removeprefix("model."): tensor
-            for name, tensor in accelerator.get_state_dict(self.loop.model).items()
-            if name.startswith("model.")
-        }
-        self.run.module.model.save_pretrained(folder, state_dict=state)
+        self.run.module.model.save_pretrained(folder, state_dict=weights)
         for name, file in self.run.companions.items():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)

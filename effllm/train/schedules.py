@@ -4,9 +4,9 @@
 is stored, so a resumed run has the schedule of the uninterrupted one.
 
 Under `wsd` every checkpoint between the end of the warm-up and the start of the decay is stable: its learning rate is
-the full one, whatever the length of the run. A decay branch starts from any of them without repeating a step: resume
-the checkpoint of step s under the `steps` and `decay` that `decay_branch(s, d)` returns, with a warm-up of 0. The
-branch decays over its first d steps and ends; the stable run can go on beside it.
+the full one, whatever the length of the run. A decay branch starts from any of them without repeating a step: the
+checkpoint of step s goes on under the `steps` and `decay` that `decay_branch(s, d)` returns, with a warm-up of 0, as
+`effllm.train.branch` does. The branch decays over its d steps and ends; the stable run can go on beside it.
 """
 
 from __future__ import annotations

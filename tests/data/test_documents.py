@@ -14,6 +14,8 @@ import pytest
 
 from effllm.data import documents, readers
 from effllm.data.documents import open_source
+from effllm.data.prepare import prepare
+from effllm.data.settings import PrepareSettings
 from effllm.errors import ArtifactError, EffllmError, MissingExtra, SettingError
 
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -215,3 +217,30 @@ def test_a_mistyped_local_path_is_not_sent_to_the_hub(tmp_path: Path, monkeypatc
     assert "no file at corpora/x" in refused("./corpora/x")
     assert "unknown format" in refused(file(tmp_path, "corpus", "text"), SettingError)
     assert calls == []
+
+
+def test_a_data_set_in_the_layout_of_the_hub_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own client, given a folder in place of the hub: two parquet files of `train`, one of `test`."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "hub" / "owner" / "set" / "data"
+    folder.mkdir(parents=True)
+    words = "river boat town spring winter harbour north south old new bridge mill church road field stone".split()
+    texts = [" ".join(words[(i * k + k * k) % 16] for k in range(1, 20)) + f" number {i}." for i in range(60)]
+    for name, part in (("train-00000-of-00002", texts[:40]), ("train-00001-of-00002", texts[40:]), ("test", ["no"])):
+        datasets.Dataset.from_list([{"id": 7, "body": text} for text in part]).to_parquet(folder / f"{name}.parquet")
+    (folder.parent / "README.md").write_text(
+        "---\nconfigs:\n- config_name: all\n  data_files:\n  - {split: train, path: data/train-*}\n---\n"
+    )
+    load = datasets.load_dataset
+
+    def load_here(hub_id: str, config: str | None, **more):
+        return load(str(tmp_path / "hub" / hub_id), config, **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_here)
+    assert read("owner/set:all", {"text": "body"}) == texts
+    assert "owner/set:all, row 1: no column 'text' (columns: id, body)" in refused("owner/set:all", SettingError)
+    assert "BuilderConfig 'two' not found" in refused("owner/set:two", ArtifactError)
+    settings = PrepareSettings(vocab_size=60, dev_share=0.1, near_duplicates=1.0)
+    variant = prepare(["owner/set:all"], tmp_path / "tokens", settings, columns={"text": "body"})
+    assert variant.manifest["report"]["read"]["documents"] == 60
+    assert variant.manifest["inputs"] == [{"name": "owner/set:all"}]

@@ -151,6 +151,19 @@ def test_an_interrupted_fine_tuning_goes_on_bit_for_bit(base: Path, tmp_path: Pa
     assert all((first[name] == second[name]).all() for name in first)
 
 
+def test_out_of_memory_names_the_setting_to_halve(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from effllm.train.supervised import SupervisedModel
+
+    def scarce(self, **arrays):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(SupervisedModel, "forward", scarce)
+    train = write_jsonl(tmp_path / "train.jsonl", classified())
+    with pytest.raises(SettingError, match=r"halve --pass-tokens \(now 512\).*there is no checkpoint yet"):
+        run(base, tmp_path / "out", "text-classification", train, settings={"pass_tokens": 512})
+    assert not (tmp_path / "out").exists()
+
+
 def test_patience_ends_a_run_that_no_longer_gains(base: Path, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "data.jsonl", classified())
     steps = run(

@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,49 +15,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from runs import BASE, assert_same_run, assert_same_trace, command, finish, settings, trace, weights
 
+from effllm.cli import main
+from effllm.data.packing import evaluation_batches
+from effllm.data.samples import Samples
+from effllm.data.store import TokenStore
+from effllm.data.vocabulary import Vocabulary
 from effllm.errors import ArtifactError, SettingError, TrainingStopped
 from effllm.train import loop as loops
 from effllm.train import run as runs
+from effllm.train.objectives import MaskedLanguageModel
 from effllm.train.pretrain import pretrain
 from effllm.train.runlog import read_log
-from effllm.train.settings import PretrainSettings
-
-BASE = {
-    "model": "tiny",
-    "steps": 8,
-    "batch_size": 16,
-    "max_length": 32,
-    "learning_rate": 2e-3,
-    "save_every": 3,
-    "log_every": 1,
-    "eval_limit": 8,
-}
-
-
-def settings(**changes) -> PretrainSettings:
-    return PretrainSettings(**{**BASE, **changes})
-
-
-def finish(tokens: Path, out: Path, resume: bool = False, **changes) -> list:
-    return list(pretrain(tokens, out, settings(**changes), resume=resume))
-
-
-def trace(run: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm of each step."""
-    return {line["step"]: (line["loss"], line["gradient_norm"]) for line in read_log(run) if "loss" in line}
-
-
-def weights(run: Path) -> dict[str, np.ndarray]:
-    return load_file(run / "last" / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert trace(one) == trace(other)
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +36,6 @@ def whole(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     finish(tokens, out)
     return out
-
-
-def command(tokens: Path, out: Path, *more: str) -> list[str]:
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in BASE.items()]
-    return [sys.executable, "-m", "effllm", "pretrain", str(tokens), "--out", str(out), *flags, *more]
 
 
 def test_it_learns_and_every_checkpoint_is_a_model_folder(tokens: Path, whole: Path) -> None:
@@ -88,9 +51,7 @@ def test_it_learns_and_every_checkpoint_is_a_model_folder(tokens: Path, whole: P
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_changes_nothing_but_rounding(tokens: Path, whole: Path, tmp_path: Path, accumulate: int) -> None:
     finish(tokens, tmp_path / "run", accumulate=accumulate)
-    for step, (loss, norm) in trace(tmp_path / "run").items():
-        assert loss == pytest.approx(trace(whole)[step][0], rel=1e-5)
-        assert norm == pytest.approx(trace(whole)[step][1], rel=1e-4)
+    assert_same_trace(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize(("stop", "workers"), [(1, 0), (4, 2), (7, 0)])
@@ -214,6 +175,35 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the notes."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:130] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+    ],
+)
+def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(
+    tokens: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, error: Exception
+) -> None:
+    forward, steps = MaskedLanguageModel.forward, iter(range(100))
+
+    def scarce(self, **arrays):
+        if self.training and next(steps) == 4:
+            raise error
+        return forward(self, **arrays)
+
+    monkeypatch.setattr(MaskedLanguageModel, "forward", scarce)
+    assert main(command(tokens, tmp_path / "run")[3:]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: out of memory (")
+    assert "go on with --resume and double --accumulate (now 1)" in last
+    assert "the last good checkpoint is of step 3" in last
+    monkeypatch.undo()
+    finish(tokens, tmp_path / "run", resume=True, accumulate=2)
+    assert_same_trace(tmp_path / "run", whole)
+
+
 @pytest.mark.parametrize("objective", ["mlm+nsp", "mlm+sop"])
 def test_pair_objectives_train(tokens: Path, tmp_path: Path, objective: str) -> None:
     last = finish(tokens, tmp_path / "run", objective=objective, steps=2, save_every=0)[-1]
@@ -272,23 +262,20 @@ def test_the_command_line_writes_to_stderr_and_refuses_in_one_line(tokens: Path,
     assert json.dumps(result.stdout) == '""'
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_two_processes_on_one_host_or_two_give_the_trace_of_one(
-    tokens: Path, whole: Path, tmp_path: Path, hosts: int
-) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    each = ["--nnodes", str(hosts), "--nproc-per-node", str(2 // hosts), "--rdzv-backend", "c10d"]
-    each += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
-    launched = [sys.executable, "-m", "torch.distributed.run", *each, *command(tokens, tmp_path / "run")[1:]]
-    running = [subprocess.Popen(launched, stderr=subprocess.PIPE, text=True) for _ in range(hosts)]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-    found = trace(tmp_path / "run")
-    assert found.keys() == trace(whole).keys()
-    for step, (loss, norm) in trace(whole).items():
-        assert found[step][0] == pytest.approx(loss, rel=1e-5)
-        assert found[step][1] == pytest.approx(norm, rel=1e-4)
+def test_the_evaluation_counts_the_masked_tokens_that_are_right(tokens: Path, whole: Path) -> None:
+    rows = [line["evaluation"] for line in read_log(whole) if "evaluation" in line][-1]
+    assert [row["metric"] for row in rows] == ["masked loss", "masked accuracy"]
+    vocabulary = Vocabulary.read(tokens / "tokenizer")
+    samples = Samples(TokenStore.open(tokens, "dev"), vocabulary, BASE["max_length"], "mlm")
+    model = transformers.AutoModelForMaskedLM.from_pretrained(whole / "last", attn_implementation="eager").eval()
+    right = count = 0
+    for batch in evaluation_batches(samples, vocabulary, limit=BASE["eval_limit"]):
+        starts = np.concatenate(([0], np.cumsum(batch.lengths)[:-1]))
+        rows_of = [
+            torch.from_numpy(batch.input_ids[a : a + n])[None] for a, n in zip(starts, batch.lengths, strict=True)
+        ]
+        guesses = torch.cat([model(input_ids=ids).logits[0].argmax(-1) for ids in rows_of]).numpy()
+        right += int((guesses[batch.masked_positions] == batch.labels).sum())
+        count += len(batch.labels)
+    assert rows[1]["n"] == count
+    assert rows[1]["value"] == pytest.approx(right / count, abs=1e-6)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from runs import finish, settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from effllm.errors import ArtifactError
 from effllm.report.training import run_page
 from effllm.train.flops import FlopCount
+from effllm.train.pretrain import pretrain
 from effllm.train.runlog import read_log
 
 
@@ -67,3 +69,29 @@ def test_the_count_of_operations_is_that_of_the_matrix_products() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.ones(3, length, dtype=torch.int64)).logits.sum().backward()
     assert counter.get_total_flops() == pytest.approx(count.step(tokens, tokens, 3), rel=0.1)
+
+
+def test_tensorboard_shows_the_log_of_a_resumed_run_without_steps_taken_twice(tokens: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    steps = pretrain(tokens, out, settings(steps=6))
+    for record in steps:
+        if record.step == 5:
+            break
+    steps.close()
+    finish(tokens, out, resume=True, steps=6)
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    lines = read_log(out)
+    for key in ("loss", "learning_rate", "gradient_norm", "tokens_per_s"):
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{key}")]
+        wanted = [(entry["step"], entry[key]) for entry in lines if key in entry]
+        assert [step for step, _ in found] == [1, 2, 3, 4, 5, 6]
+        assert [step for step, _ in found] == [step for step, _ in wanted]
+        assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-6)  # float32
+    for index, metric in enumerate(("masked loss", "masked accuracy")):
+        wanted = [(entry["step"], entry["evaluation"][index]["value"]) for entry in lines if "evaluation" in entry]
+        found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(f"dev/{metric}")]
+        assert wanted == found
