@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from effllm.errors import SettingError, TrainingStopped
@@ -73,6 +74,8 @@ def make_accelerator(settings: LoopSettings) -> Accelerator:
     Raises SettingError when a batch is too small to be split over the processes, or these cannot shard the model.
     """
     precision = "bf16" if settings.precision == "bf16" else "no"
+    # A run before this one in the same process may have had another precision, which accelerate keeps.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, fsdp_plugin=sharding())
     check_sharded(accelerator)
     parts = accelerator.num_processes * settings.accumulate

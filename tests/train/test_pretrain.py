@@ -279,3 +279,14 @@ def test_the_evaluation_counts_the_masked_tokens_that_are_right(tokens: Path, wh
         count += len(batch.labels)
     assert rows[1]["n"] == count
     assert rows[1]["value"] == pytest.approx(right / count, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_bfloat16_gives_the_losses_up_to_its_precision(tokens: Path, whole: Path, tmp_path: Path) -> None:
+    steps = pretrain(tokens, tmp_path / "run", settings(precision="bf16"))
+    for record in steps:
+        assert record.loss == pytest.approx(trace(whole)[record.step][0], rel=2**-8)
+        if record.step == 4:
+            break
+    steps.close()
+    assert weights(tmp_path / "run")["bert.embeddings.word_embeddings.weight"].dtype == np.float32
