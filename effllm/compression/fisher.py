@@ -1,8 +1,8 @@
 """The Fisher information of a task's answers without labels: gradients of an objective drawn from the model itself.
 
 The Fisher matrix is the mean of g gᵀ, where g is the gradient of the negative log-likelihood of an answer that is drawn
-from the model's own distribution (Kunstner et al. 2019, "Limitations of the empirical Fisher approximation", equation
-2), so it needs texts and no labels. Classes are drawn from the softmax. Numbers and embeddings are the means of
+from the model's own distribution (Kunstner et al. 2019, "Limitations of the empirical Fisher approximation"), so
+it needs texts and no labels. Classes are drawn from the softmax. Numbers and embeddings are the means of
 Gaussians of unit variance, where g is the inner product of the output with a standard normal vector.
 """
 
