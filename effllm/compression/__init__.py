@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 METHODS = {
     "distil": "effllm.compression.distil:Distil",
     "magnitude": "effllm.compression.magnitude:Magnitude",
+    "wanda": "effllm.compression.wanda:Wanda",
+    "sparsegpt": "effllm.compression.sparsegpt:SparseGpt",
+    "obert": "effllm.compression.obert:OBert",
+    "movement": "effllm.compression.movement:Movement",
     "int8": "effllm.compression.int8:Int8",
     "auto": "effllm.compression.auto:Auto",
 }

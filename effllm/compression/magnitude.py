@@ -1,10 +1,15 @@
-"""magnitude: the weights with the smallest absolute value become zero (Han et al. 2015; the baseline of the field)."""
+"""magnitude: the weights with the smallest absolute value become zero (Han et al. 2015; the baseline of the field).
+
+At once, or while training (Zhu & Gupta 2018).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from effllm.compression.gradual import check_gradual, cubic, prune_while_training
 from effllm.compression.layers import linears
 from effllm.compression.masks import Pattern, check_pattern, set_masks
 from effllm.compression.method import Changed, Stage, WeightsJob
@@ -18,16 +23,26 @@ class Magnitude:
     """Unstructured or n:m pruning by absolute value."""
 
     name: ClassVar[str] = "magnitude"
-    summary: ClassVar[str] = "sets the smallest weights to zero; needs no data"
+    summary: ClassVar[str] = "sets the smallest weights to zero; needs no data, with epochs it trains meanwhile"
     stage: ClassVar[Stage] = Stage.SPARSE
+    identity: ClassVar[Mapping[str, Any]] = {"sparsity": 0.0}
 
     sparsity: float = field(default=0.5, metadata={"help": "share of the weights of linear layers that become zero"})
     pattern: Literal["layer", "row", "global", "2:4", "4:8"] = field(
         default="layer", metadata={"help": "within what weights compete: a layer, a row, all layers, or n of each m"}
     )
+    epochs: float = field(default=0.0, metadata={"help": "passes over the training texts while pruning; 0 = at once"})
+    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
+    prunings: int = field(default=10, metadata={"help": "with epochs: how often weights are taken out on the way"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
+    hidden: float = field(default=1.0, metadata={"help": "weight of matching the dense model's hidden states"})
+    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
+    seed: int = field(default=0, metadata={"help": "decides order and dropout"})
 
     def __post_init__(self) -> None:
         check_pattern(self.name, self.pattern, self.sparsity)
+        check_gradual(self)
 
     def check(self, source: Source) -> None:
         """Raise SettingError where the pattern's groups do not divide a layer's columns."""
@@ -35,6 +50,9 @@ class Magnitude:
 
     def apply(self, job: WeightsJob) -> Changed:
         """Choose by |w| and set the masks."""
-        chosen = linears(job.model)
-        scores = {name: linear.weight.detach().abs() for name, linear in chosen.items()}
-        return set_masks(job.model, Pattern(self.pattern).keep(scores, self.sparsity))
+
+        def prune(progress: float) -> Changed:
+            scores = {name: linear.weight.detach().abs() for name, linear in linears(job.model).items()}
+            return set_masks(job.model, Pattern(self.pattern).keep(scores, cubic(progress, self.sparsity)))
+
+        return prune_while_training(job, self, prune) if self.epochs else prune(1.0)

@@ -1,0 +1,69 @@
+"""wanda: the weights that matter least to the size of what leaves a layer become zero; the others stay as they are.
+
+A weight's importance is |W_ij| · ‖X_j‖₂, the norm over all calibration tokens of the input channel that it multiplies,
+compared within a row; written from Sun et al. 2023, "A simple and effective pruning approach for large language models"
+(equation 1, algorithm 1). Layers are pruned in order, each on what the pruned ones before it give it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from effllm.compression.calibrate import Moments, observe
+from effllm.compression.layers import linears, weight_of
+from effllm.compression.layerwise import check_calibration, layer_by_layer
+from effllm.compression.masks import Pattern, check_pattern, set_masks
+from effllm.compression.method import Changed, Stage, WeightsJob
+
+if TYPE_CHECKING:
+    from effllm.exporters.source import Source
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Unstructured or n:m pruning by weight and activation."""
+
+    name: ClassVar[str] = "wanda"
+    summary: ClassVar[str] = "sets to zero the weights that matter least on calibration texts; no training"
+    stage: ClassVar[Stage] = Stage.SPARSE
+    identity: ClassVar[Mapping[str, Any]] = {"sparsity": 0.0}
+    baseline: ClassVar[str] = "magnitude:pattern=row"
+
+    sparsity: float = field(default=0.5, metadata={"help": "share of the weights of linear layers that become zero"})
+    pattern: Literal["layer", "row", "global", "2:4", "4:8"] = field(
+        default="row", metadata={"help": "within what weights compete: a layer, a row, all layers, or n of each m"}
+    )
+    calibration: int = field(default=128, metadata={"help": "texts to calibrate on"})
+    seed: int = field(default=0, metadata={"help": "decides which texts"})
+
+    def __post_init__(self) -> None:
+        check_pattern(self.name, self.pattern, self.sparsity)
+        check_calibration(self.name, self.calibration)
+
+    def check(self, source: Source) -> None:
+        """Raise SettingError where the pattern's groups do not divide a layer's columns."""
+        Pattern(self.pattern).check(linears(source.model))
+
+    def apply(self, job: WeightsJob) -> Changed:
+        """Choose and set the masks. With `global`, the inputs are those of the dense model."""
+        model, pattern = job.model, Pattern(self.pattern)
+        if self.pattern == "global":
+            moments = observe(model, list(linears(model)), job.encodings(), job.track)
+            scores = {name: importance(weight_of(model, name), seen) for name, seen in moments.items()}
+            return set_masks(model, pattern.keep(scores, self.sparsity))
+        masks: dict[str, torch.Tensor] = {}
+        for moments in layer_by_layer(model, job.encodings(), job.track, "pruning (wanda)"):
+            for name, seen in moments.items():
+                weight = weight_of(model, name)
+                masks[name] = pattern.keep_one(importance(weight, seen), self.sparsity)
+                weight.mul_(masks[name])
+        return set_masks(model, masks)
+
+
+def importance(weight: torch.Tensor, seen: Moments) -> torch.Tensor:
+    """Return |W| · ‖X‖₂, shape (rows, columns) as the weight."""
+    return weight.abs() * seen.norms
