@@ -225,7 +225,7 @@ class EffllmQuantizer(HfQuantizer):  # type: ignore[misc]
             if not isinstance(linear, nn.Linear):
                 raise ArtifactError(f"config.json gives {name!r} sizes, but it is no linear layer")
             _replace(base, name, _with_sizes(linear, stored))
-        _set_head_counts(base)
+        set_head_counts(base)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in list(model.base_model.named_modules()):
@@ -260,8 +260,8 @@ def _replace(base: nn.Module, name: str, module: nn.Module) -> None:
     setattr(base.get_submodule(parent), own, module)
 
 
-def _set_head_counts(base: nn.Module) -> None:
-    """Let attention modules say how many heads they have; their forward reads it off the projections."""
+def set_head_counts(base: nn.Module) -> None:
+    """Let attention modules say how many heads they have, in place; their forward reads it off the projections."""
     for module in base.modules():
         size = getattr(module, "attention_head_size", None)
         query = getattr(module, "query", None) or getattr(module, "q_lin", None)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 METHODS = {
     "distil": "effllm.compression.distil:Distil",
+    "layers": "effllm.compression.layer_drop:Layers",
+    "heads": "effllm.compression.heads:Heads",
+    "ffn": "effllm.compression.ffn:Ffn",
+    "structured": "effllm.compression.structured:Structured",
+    "lowrank": "effllm.compression.lowrank:LowRank",
     "magnitude": "effllm.compression.magnitude:Magnitude",
     "wanda": "effllm.compression.wanda:Wanda",
     "sparsegpt": "effllm.compression.sparsegpt:SparseGpt",

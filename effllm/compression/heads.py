@@ -1,0 +1,58 @@
+"""heads: attention heads go, those with the least Fisher information first (Kwon et al. 2022, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from effllm.compression.importance import Ranking, diagonal, mask_gradients, rearranged
+from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.slicing import blocks
+from effllm.compression.tuning import Tuning, prune
+from effllm.errors import SettingError
+
+if TYPE_CHECKING:
+    from effllm.exporters.source import Source
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Fewer attention heads; each layer keeps at least one."""
+
+    name: ClassVar[str] = "heads"
+    summary: ClassVar[str] = "removes attention heads and makes up for them; needs no training"
+    stage: ClassVar[Stage] = Stage.WIDTH
+    identity: ClassVar[Mapping[str, Any]] = {"keep": 1.0}
+
+    keep: float = field(default=0.5, metadata={"help": "share of the attention heads that stay"})
+    per_layer: bool = field(default=False, metadata={"help": "keep equally many heads in each layer"})
+    tuning: Tuning = field(
+        default="weights", metadata={"help": "make up for lost heads by new output weights, by a scale each, or not"}
+    )
+    calibration: int = field(default=500, metadata={"help": "how many calibration texts to use"})
+    seed: int = field(default=0, metadata={"help": "chooses the calibration texts and the drawn answers"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise SettingError(f"heads: keep must be above 0 and at most 1, got {self.keep}")
+        if self.calibration < 1:
+            raise SettingError(f"heads: calibration must be at least 1, got {self.calibration}")
+
+    def check(self, source: Source) -> None:
+        """Raise Unsupported where the model's heads are not known or not whole."""
+        blocks(source.model, "heads")
+
+    def apply(self, job: WeightsJob) -> Changed:
+        """Score, choose, exchange within each layer, slice, and fit the output layers."""
+        found = blocks(job.model, "heads")
+        gradients = mask_gradients(job, found, self.seed)
+        scores = [diagonal(g) for g in gradients.values()]
+        if self.per_layer:
+            kept = [Ranking.of([s], 1).keep(max(1, round(self.keep * len(s))))[0] for s in scores]
+        else:
+            total = round(self.keep * sum(block.count for block in found))
+            kept = Ranking.of(scores, 1).keep(max(len(found), total))
+        kept = [rearranged(gradients[block], units) for block, units in zip(found, kept, strict=True)]
+        prune(job, dict(zip(found, kept, strict=True)), self.tuning)
+        return Changed({"heads": {b.output: units.tolist() for b, units in zip(found, kept, strict=True)}})
