@@ -36,14 +36,15 @@ DISTIL = "distil:steps=600,learning_rate=2e-4,seed={seed}"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of methods; `{seed}` in it stands for the run's seed."""
+    """A row of methods; `{seed}` in it stands for the run's seed. `after` names the recipe whose folder it starts from."""
 
     specs: tuple[str, ...]
+    after: str = ""
 
     @property
     def trains(self) -> bool:
         """Whether seeds make a difference."""
-        return any("{seed}" in spec for spec in self.specs)
+        return any("{seed}" in spec for spec in self.specs) or (bool(self.after) and RECIPES[self.after].trains)
 
 
 def _sparse() -> dict[str, Recipe]:
@@ -55,7 +56,7 @@ def _sparse() -> dict[str, Recipe]:
         for method in ("magnitude", "obert"):
             spec = f"{method}:sparsity={share},epochs=0"
             recipes[f"{method} {share:.0%}"] = Recipe((spec,))
-            recipes[f"{method} {share:.0%} + distil"] = Recipe((spec, DISTIL))
+            recipes[f"{method} {share:.0%} + distil"] = Recipe((spec, DISTIL))  # the teacher is the dense model
     return recipes
 
 
@@ -66,10 +67,10 @@ RECIPES = {
     "nf4": Recipe(("nf4",)),
     "structured 2x": Recipe(("structured:flops=0.5",)),
     "structured 2x + distil": Recipe(("structured:flops=0.5", DISTIL)),
-    "structured 2x + distil + int8": Recipe(("structured:flops=0.5", DISTIL, "int8")),
+    "structured 2x + distil + int8": Recipe(("int8",), "structured 2x + distil"),
     "structured 3x": Recipe(("structured:flops=0.33",)),
     "structured 3x + distil": Recipe(("structured:flops=0.33", DISTIL)),
-    "structured 3x + distil + int8": Recipe(("structured:flops=0.33", DISTIL, "int8")),
+    "structured 3x + distil + int8": Recipe(("int8",), "structured 3x + distil"),
     **_sparse(),
 }
 
@@ -78,8 +79,9 @@ def make(name: str, recipe: Recipe, model: Path, data: Path, work: Path, seed: i
     """Return the folder of a recipe, made if it is not there."""
     out = work / f"{name.replace(' ', '-').replace(':', '-')}-seed{seed}"
     if not out.exists():
+        start = make(recipe.after, RECIPES[recipe.after], model, data, work, seed) if recipe.after else model
         compress(
-            model,
+            start,
             out,
             method=[parse_method(spec.format(seed=seed)) for spec in recipe.specs],
             calib=data / "train.jsonl.xz",
