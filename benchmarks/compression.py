@@ -36,7 +36,7 @@ DISTIL = "distil:steps=600,learning_rate=2e-4,seed={seed}"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of methods; `{seed}` in it stands for the run's seed. `after` names the recipe whose folder it starts from."""
+    """A row of methods, `{seed}` standing for the seed; `after` names the recipe whose folder it starts from."""
 
     specs: tuple[str, ...]
     after: str = ""
