@@ -19,6 +19,7 @@ METHODS = {
     "distil": "effllm.compression.distil:Distil",
     "magnitude": "effllm.compression.magnitude:Magnitude",
     "int8": "effllm.compression.int8:Int8",
+    "int4": "effllm.compression.int4:Int4",
 }
 """Method name -> `module:class` of its settings dataclass, in the order in which they stand in a row. A method is one
 file and one line here."""
