@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "distil": "effllm.compression.distil:Distil",
+    "qat": "effllm.compression.qat:Qat",
     "magnitude": "effllm.compression.magnitude:Magnitude",
     "int8": "effllm.compression.int8:Int8",
     "int4": "effllm.compression.int4:Int4",
@@ -61,6 +62,10 @@ def check_order(methods: Sequence[Method]) -> None:
             reached = before
         if method.stage and method.stage < reached.stage:
             raise SettingError(f"--method {method.name} must come before {reached.name}: {REASONS[reached.stage.name]}")
+    for index, method in enumerate(methods):
+        wanted = getattr(method, "before", None)
+        if wanted is not None and all(later.stage < wanted for later in methods[index + 1 :]):
+            raise SettingError(f"--method {method.name} prepares for quantisation: let one such as int8 or int4 follow")
 
 
 REASONS = {
