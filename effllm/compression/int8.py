@@ -32,6 +32,7 @@ from effllm.compression.int8_graph import (
     shift_biases,
 )
 from effllm.compression.method import GraphJob, Result, Stage
+from effllm.compression.sensitivity import rank
 from effllm.compression.trials import Trial, latencies, latency_rows, try_out
 from effllm.compression.walk import Observed, observe
 from effllm.errors import CheckFailed, GateFailed, SettingError
@@ -58,6 +59,9 @@ class Int8:
     smooth: float = field(
         default=0.5, metadata={"help": "smooth an input where that multiplies its error by less than this; 0 = never"}
     )
+    float_layers: int = field(
+        default=0, metadata={"help": "how many groups of linear layers stay float32: those that move the outputs most"}
+    )
     calibration: int = field(default=500, metadata={"help": "how many calibration texts to use"})
     seed: int = field(default=0, metadata={"help": "chooses the calibration texts and the sampled tokens"})
 
@@ -66,6 +70,8 @@ class Int8:
             raise SettingError(f"int8: smooth must be between 0 and 1, got {self.smooth}")
         if self.calibration < 1:
             raise SettingError(f"int8: calibration must be at least 1, got {self.calibration}")
+        if self.float_layers < 0:
+            raise SettingError(f"int8: float_layers must be at least 0, got {self.float_layers}")
 
     def apply(self, job: GraphJob) -> Result:
         """Calibrate, build the wanted forms, gate each, and return the fastest that passes."""
@@ -74,9 +80,15 @@ class Int8:
         groups = find_linears(Graph(graph))
         if not groups:
             raise CheckFailed("the exported graph has no linear layers that int8 could quantise")
+        if self.float_layers >= len(groups):
+            raise SettingError(
+                f"int8: float_layers={self.float_layers} leaves nothing to quantise; the model has {len(groups)} groups"
+            )
         observed = self._observe(job, graph, [g.input for g in groups])
+        ranking = self._rank(job, graph, observed, levels) if self.float_layers else {}
+        kept = frozenset(list(ranking)[: self.float_layers])
         forms = ("dynamic", "static") if self.activations == "auto" else (self.activations,)
-        built = [self._build(form, job, observed, levels) for form in job.track(forms, "quantising", len(forms))]
+        built = [self._build(form, job, observed, levels, kept) for form in job.track(forms, "quantising", len(forms))]
         del graph, observed
         predictors = {c.form: job.predictor(c.file, c.label) for c in built}
         dense = job.predictor(job.dense, "dense")
@@ -100,14 +112,31 @@ class Int8:
         ]
         candidate = built[trials.index(chosen)]
         details = candidate.details(levels) | {"batch_spread": chosen.spread_details()}
+        if ranking:
+            details |= {"sensitivity": ranking, "float_layers": sorted(kept)}
+            notes.append(f"float32 for the most sensitive layers: {', '.join(sorted(kept))}")
         return Result(chosen.file, FILE_NAME, chosen.comparison, chosen.batch_dependent, rows, details, notes)
 
     def _observe(self, job: GraphJob, graph: onnx.ModelProto, values: list[str]) -> dict[str, Observed]:
         encodings = [e for example in job.calibration for e in job.source.task.encode(job.tokenizer, example)]
         return observe(graph, values, encodings, job.work, seed=self.seed, threads=job.threads, track=job.track)
 
-    def _build(self, form: str, job: GraphJob, observed: Mapping[str, Observed], levels: int) -> Candidate:
-        """Write one form to disk."""
+    def _rank(
+        self, job: GraphJob, model: onnx.ModelProto, observed: Mapping[str, Observed], levels: int
+    ) -> dict[str, float]:
+        """Return how much each group of linear layers matters, by its name, on plain static ranges."""
+        graph = Graph(model)
+        grids = {}
+        for group in find_linears(graph):
+            seen = observed[group.input]
+            weights = [graph.constant(n.input[1]) for n in group.nodes]
+            grids[group.input] = choose_grid(seen.rows, seen.low, seen.high, weights, (), (), levels)
+        return rank(job, grids, levels)
+
+    def _build(
+        self, form: str, job: GraphJob, observed: Mapping[str, Observed], levels: int, kept: frozenset[str]
+    ) -> Candidate:
+        """Write one form to disk; the groups of linear layers named in `kept` stay float."""
         graph = Graph(onnx.load(str(job.start)))
         # With run-time ranges, smoothing the FFN's inner activations widens the range more often than it narrows it,
         # so dynamic smooths only where the gain is large.
@@ -116,6 +145,8 @@ class Int8:
         shifts: dict[str, np.ndarray] = {}
         layers: dict[str, dict[str, Any]] = {}
         for group in find_linears(graph):
+            if group.name in kept:
+                continue
             seen = observed[group.input]
             weights = [graph.constant(n.input[1]) for n in group.nodes]
             grid = choose_grid(
