@@ -19,6 +19,10 @@ METHODS = {
     "distil": "effllm.compression.distil:Distil",
     "qat": "effllm.compression.qat:Qat",
     "magnitude": "effllm.compression.magnitude:Magnitude",
+    "int4-torch": "effllm.compression.int4_torch:Int4Torch",
+    "nf4": "effllm.compression.nf4:Nf4",
+    "fp8": "effllm.compression.fp8:Fp8",
+    "llm-int8": "effllm.compression.llm_int8:LlmInt8",
     "int8": "effllm.compression.int8:Int8",
     "int4": "effllm.compression.int4:Int4",
 }
