@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "distil": "effllm.compression.distil:Distil",
+    "qat": "effllm.compression.qat:Qat",
     "layers": "effllm.compression.layer_drop:Layers",
     "heads": "effllm.compression.heads:Heads",
     "ffn": "effllm.compression.ffn:Ffn",
@@ -27,7 +28,12 @@ METHODS = {
     "sparsegpt": "effllm.compression.sparsegpt:SparseGpt",
     "obert": "effllm.compression.obert:OBert",
     "movement": "effllm.compression.movement:Movement",
+    "int4-torch": "effllm.compression.int4_torch:Int4Torch",
+    "nf4": "effllm.compression.nf4:Nf4",
+    "llm-int8": "effllm.compression.llm_int8:LlmInt8",
+    "fp8": "effllm.compression.fp8:Fp8",
     "int8": "effllm.compression.int8:Int8",
+    "int4": "effllm.compression.int4:Int4",
     "auto": "effllm.compression.auto:Auto",
 }
 """Method name -> `module:class` of its settings dataclass, in the order in which they stand in a row. A method is one
@@ -73,6 +79,10 @@ def check_order(methods: Sequence[Method]) -> None:
             reached = before
         if method.stage and method.stage < reached.stage:
             raise SettingError(f"--method {method.name} must come before {reached.name}: {REASONS[reached.stage.name]}")
+    for index, method in enumerate(methods):
+        wanted = getattr(method, "before", None)
+        if wanted is not None and all(later.stage < wanted for later in methods[index + 1 :]):
+            raise SettingError(f"--method {method.name} prepares for quantisation: let one such as int8 or int4 follow")
 
 
 REASONS = {

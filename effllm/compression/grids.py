@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from effllm import machine
+
 TINY = np.float32(1e-8)
 
 
@@ -19,6 +21,19 @@ def quantize_weight(weight: np.ndarray, levels: int = 127) -> tuple[np.ndarray, 
     largest = np.abs(weight).max(axis=0)
     scales = np.where(largest > 0, np.maximum(largest / levels, TINY), 1.0).astype(np.float32)
     return np.clip(np.round(weight / scales), -levels, levels).astype(np.int8), scales
+
+
+def weight_levels(isa: machine.InstructionSet) -> tuple[int, str]:
+    """Return the largest weight code for a processor, and the reason in words.
+
+    Without a dot-product instruction that accumulates in 32 bits, x86 sums two u8 x s8 products in 16 bits, which
+    saturates; 7-bit weights (|q| <= 63) cannot overflow there.
+    """
+    if isa.vnni:
+        return 127, "8-bit dot products accumulate in 32 bits, so uint8 activations x int8 weights use all 8 bits"
+    if isa.family == "x86":
+        return 63, "no 8-bit dot product: 16-bit sums would saturate, so weights use 7 bits; expect little speed-up"
+    return 127, "32-bit sums, so uint8 activations x int8 weights use all 8 bits"
 
 
 @dataclass(frozen=True)

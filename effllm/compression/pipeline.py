@@ -189,9 +189,10 @@ class _Run:
             *comparison.rows(),
             _size_row(self.staging / "model.safetensors", label),
             _size_row(self.source.folder.path / "model.safetensors", "dense"),
-            Row("linear weights", float(_linear_weights(source.model)), "count", label),
             Row("linear weights", float(before), "count", "dense"),
         ]
+        if self.methods[-1].stage < Stage.CODES:  # codes change no count, and hide it
+            rows.append(Row("linear weights", float(_linear_weights(source.model)), "count", label))
         notes = [*self.notes, *self._cut(comparison.truncated), f"{label}: {verdict.reason}"]
         return _Made(source, "", rows, notes, self._extra(), expected)
 

@@ -16,7 +16,7 @@ from effllm.compression import parse_method, pipeline
 from effllm.compression.auto import Auto, Search, Trial
 from effllm.compression.method import Stage
 from effllm.compression.texts import Given, Texts, choose_texts
-from effllm.compression.timing import trial_times
+from effllm.compression.trials import latencies
 from effllm.errors import GateFailed
 from effllm.exporters.source import Source
 from effllm.measure.quality import compare
@@ -78,7 +78,7 @@ class Trials:
         label, dense = " + ".join(specs), self.dense
         other = Predictor.open(folder, task=self.source.task.name, threads=self.threads, name=label)
         comparison = compare(dense, other, self.texts.gate.examples, self.texts.gate.data, self.track)
-        times = trial_times({"dense": dense, label: other}, self.texts.gate.examples, self.track)
+        times = latencies({"dense": dense, label: other}, self.texts.gate.examples, self.track)
         ratio, low, high = ratio_of_medians(times["dense"], times[label])
         where, how = machine.describe(), {"what": "a batch of 1 and one of 8", "threads": self.threads}
         rows = comparison.rows()

@@ -6,7 +6,7 @@ tokens are kept is fixed before the walk by the seed and the texts' lengths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,50 @@ def observe(
     track: Track,
 ) -> dict[str, Observed]:
     """Run the texts through the graph and return what was seen of each named value, float32, at most 1024 rows each."""
+    kept: dict[str, list[np.ndarray]] = {value: [] for value in values}
+    low: dict[str, np.ndarray] = {}
+    high: dict[str, np.ndarray] = {}
+    lengths = [len(e) for e in encodings]
+    total = sum(lengths)
+    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:ROWS])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    for index, outputs in enumerate(_walk(model, values, encodings, work, threads, track)):
+        rows = chosen[(chosen >= starts[index]) & (chosen < starts[index + 1])] - starts[index]
+        for value in values:
+            tokens = outputs[value][0]
+            kept[value].append(tokens[rows])
+            low[value] = np.minimum(low.get(value, np.inf), tokens.min(axis=0))
+            high[value] = np.maximum(high.get(value, -np.inf), tokens.max(axis=0))
+    return {value: Observed(np.concatenate(kept[value]), low[value], high[value]) for value in values}
+
+
+def grams(
+    model: onnx.ModelProto,
+    values: Sequence[str],
+    encodings: Sequence[Encoding],
+    work: Path,
+    *,
+    threads: int,
+    track: Track,
+) -> dict[str, np.ndarray]:
+    """Run the texts through the graph and return for each named value the sum of x xᵀ over all tokens, (K, K)."""
+    sums: dict[str, np.ndarray] = {}
+    for outputs in _walk(model, values, encodings, work, threads, track):
+        for value in values:
+            tokens = outputs[value][0]
+            sums[value] = sums.get(value, np.float32(0)) + tokens.T @ tokens
+    return sums
+
+
+def _walk(
+    model: onnx.ModelProto,
+    values: Sequence[str],
+    encodings: Sequence[Encoding],
+    work: Path,
+    threads: int,
+    track: Track,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the named values (1, tokens, width) of one text after another."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.output[:]
@@ -51,21 +95,7 @@ def observe(
     written = save_graph(probe, file)
     del probe
     engine = OrtEngine.open(file, auto_class="", threads=threads)
-    kept: dict[str, list[np.ndarray]] = {value: [] for value in values}
-    low: dict[str, np.ndarray] = {}
-    high: dict[str, np.ndarray] = {}
-    lengths = [len(e) for e in encodings]
-    total = sum(lengths)
-    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:ROWS])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
     for index in track(range(len(encodings)), "calibrating", len(encodings)):
-        rows = chosen[(chosen >= starts[index]) & (chosen < starts[index + 1])] - starts[index]
-        outputs = engine.run(pad_batch([encodings[index]], 0))
-        for value in values:
-            tokens = outputs[value][0]
-            kept[value].append(tokens[rows])
-            low[value] = np.minimum(low.get(value, np.inf), tokens.min(axis=0))
-            high[value] = np.maximum(high.get(value, -np.inf), tokens.max(axis=0))
+        yield engine.run(pad_batch([encodings[index]], 0))
     for name in written:
         (work / name).unlink()
-    return {value: Observed(np.concatenate(kept[value]), low[value], high[value]) for value in values}

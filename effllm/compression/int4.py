@@ -1,0 +1,108 @@
+"""int4: the weights of the encoder's linear layers in 4 bits, for ONNX Runtime's `MatMulNBits`.
+
+Activations stay float32, so answers do not depend on their batch. Codes are chosen by GPTQ (Frantar et al. 2022) from
+what enters each layer of the float32 graph on the calibration texts, or by rounding to nearest. The file is small; the
+codes are expanded again for every product, so that on a CPU the model is rarely faster than int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx
+import torch
+
+from effllm.compression.gptq import Coded, check_groups, gptq, relative_error, round_to_nearest
+from effllm.compression.int4_graph import quantize_int4
+from effllm.compression.int8_graph import Linears, find_linears, quantize_embeddings
+from effllm.compression.method import GraphJob, Result, Stage
+from effllm.compression.trials import latencies, latency_rows, try_out
+from effllm.compression.walk import grams
+from effllm.errors import CheckFailed, GateFailed, SettingError
+from effllm.exporters.graph import Graph, module_of, save_graph
+from effllm.measure.statistics import ratio_of_medians
+
+FILE_NAME = "onnx/model_q4.onnx"
+
+
+@dataclass(frozen=True)
+class Int4:
+    """4-bit weights for ONNX Runtime."""
+
+    name: ClassVar[str] = "int4"
+    summary: ClassVar[str] = "4-bit weights in groups for ONNX Runtime (GPTQ); needs no training"
+    stage: ClassVar[Stage] = Stage.GRAPH
+    identity: ClassVar[Mapping[str, Any]] = {}
+    baseline: ClassVar[str] = "int4:algorithm=rtn"
+
+    algorithm: Literal["gptq", "rtn"] = field(
+        default="gptq", metadata={"help": "let later columns make up for rounding (gptq), or round each weight (rtn)"}
+    )
+    group_size: int = field(default=128, metadata={"help": "weights along a row that share a scale: 128, 64 or 32"})
+    symmetric: bool = field(default=True, metadata={"help": "no zero points: the grid of a group is centred on zero"})
+    order: Literal["activation", "columns"] = field(
+        default="activation", metadata={"help": "gptq: columns with the largest inputs first, or as they stand"}
+    )
+    compute: Literal["float32", "int8"] = field(
+        default="float32", metadata={"help": "how products are computed; int8 rounds activations per token and group"}
+    )
+    embeddings: bool = field(default=True, metadata={"help": "store embedding tables in int8, one scale per row"})
+    calibration: int = field(default=500, metadata={"help": "how many calibration texts to use"})
+    seed: int = field(default=0, metadata={"help": "chooses the calibration texts"})
+
+    def __post_init__(self) -> None:
+        if self.group_size not in {32, 64, 128}:
+            raise SettingError(f"int4: group_size must be 128, 64 or 32, got {self.group_size}")
+        if self.calibration < 1:
+            raise SettingError(f"int4: calibration must be at least 1, got {self.calibration}")
+
+    def apply(self, job: GraphJob) -> Result:
+        """Calibrate, choose codes, gate, and return the graph."""
+        graph = Graph(onnx.load(str(job.start)))
+        groups = find_linears(graph)
+        if not groups:
+            raise CheckFailed("the exported graph has no linear layers that int4 could quantise")
+        columns = {module_of(n): graph.shape(n.input[1])[0] for group in groups for n in group.nodes}
+        check_groups(self.name, columns, self.group_size)
+        coded, layers = self._code(job, graph, groups)
+        quantize_int4(graph, coded, symmetric=self.symmetric, compute=self.compute)
+        tables = quantize_embeddings(graph) if self.embeddings else []
+        file = job.work / self.name / Path(FILE_NAME).name
+        save_graph(graph.finish(), file)
+        del graph, coded
+        dense, predictor = job.predictor(job.dense, "dense"), job.predictor(file, self.name)
+        trial = try_out(job, file, dense, predictor)
+        if not trial.passed:
+            raise GateFailed(f"{self.name}: {trial.reason}", trial.comparison.rows())
+        times = latencies({"dense": dense, self.name: predictor}, job.gate_examples, job.track)
+        rows = [*trial.comparison.rows(), *trial.spread_rows(), *latency_rows(times, job.threads)]
+        ratio, _, _ = ratio_of_medians(times[self.name], times["dense"])
+        notes = [f"{self.name}: {trial.reason}", f"{self.name} takes {ratio:.2f} of the dense model's time here"]
+        details = {"batch_spread": trial.spread_details(), "layers": layers, "embedding_tables": tables}
+        return Result(file, FILE_NAME, trial.comparison, trial.batch_dependent, rows, details, notes)
+
+    def _code(
+        self, job: GraphJob, graph: Graph, groups: list[Linears]
+    ) -> tuple[dict[str, Coded], dict[str, dict[str, float]]]:
+        """Return the codes of each linear layer by its node's name, and its error by its module."""
+        encodings = [e for example in job.calibration for e in job.source.task.encode(job.tokenizer, example)]
+        inputs = [group.input for group in groups]
+        seen = grams(graph.model, inputs, encodings, job.work, threads=job.threads, track=job.track)
+        coded: dict[str, Coded] = {}
+        layers: dict[str, dict[str, float]] = {}
+        for group in job.track(groups, "quantising", len(groups)):
+            gram = torch.from_numpy(seen.pop(group.input))
+            for n in group.nodes:
+                weight = torch.from_numpy(np.ascontiguousarray(graph.constant(n.input[1]).T))
+                coded[n.name] = code = self._choose(weight, gram)
+                layers[module_of(n)] = {"relative_error": relative_error(weight, code, gram)}
+        return coded, layers
+
+    def _choose(self, weight: torch.Tensor, gram: torch.Tensor) -> Coded:
+        if self.algorithm == "rtn":
+            return round_to_nearest(weight, gram, self.group_size, symmetric=self.symmetric)
+        return gptq(weight, gram, self.group_size, symmetric=self.symmetric, order=self.order)

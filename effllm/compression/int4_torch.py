@@ -1,0 +1,119 @@
+"""int4-torch: the same 4-bit weights as int4, in the `pack-quantized` layout of compressed-tensors.
+
+transformers and vLLM read the folder. transformers expands the weights at the first pass, so that in PyTorch on a CPU
+the file is small and the speed is that of float32. Grids are symmetric: transformers 5.23 cannot load the packed zero
+points of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from effllm.compression.calibrate import observe
+from effllm.compression.codes import (
+    check_compressed_tensors,
+    check_plain,
+    inner_linears,
+    outer_linears,
+    replace_weights,
+)
+from effllm.compression.gptq import Coded, check_groups, gptq, relative_error, round_to_nearest
+from effllm.compression.layers import linears
+from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.errors import SettingError
+
+if TYPE_CHECKING:
+    from effllm.exporters.source import Source
+
+
+@dataclass(frozen=True)
+class Int4Torch:
+    """4-bit weights for transformers and vLLM."""
+
+    name: ClassVar[str] = "int4-torch"
+    summary: ClassVar[str] = "4-bit weights in groups for transformers and vLLM (GPTQ); needs compressed-tensors"
+    stage: ClassVar[Stage] = Stage.CODES
+    identity: ClassVar[Mapping[str, Any]] = {}
+    baseline: ClassVar[str] = "int4-torch:algorithm=rtn"
+
+    algorithm: Literal["gptq", "rtn"] = field(
+        default="gptq", metadata={"help": "let later columns make up for rounding (gptq), or round each weight (rtn)"}
+    )
+    group_size: int = field(default=128, metadata={"help": "weights along a row that share a scale: 128, 64 or 32"})
+    order: Literal["activation", "columns"] = field(
+        default="activation", metadata={"help": "gptq: columns with the largest inputs first, or as they stand"}
+    )
+    calibration: int = field(default=500, metadata={"help": "how many calibration texts to use"})
+    seed: int = field(default=0, metadata={"help": "chooses the calibration texts"})
+
+    def __post_init__(self) -> None:
+        if self.group_size not in {32, 64, 128}:
+            raise SettingError(f"int4-torch: group_size must be 128, 64 or 32, got {self.group_size}")
+        if self.calibration < 1:
+            raise SettingError(f"int4-torch: calibration must be at least 1, got {self.calibration}")
+
+    def check(self, source: Source) -> None:
+        """Raise where the package is missing, the model was pruned, or the groups do not divide a layer's inputs."""
+        check_compressed_tensors(self.name, source)
+        self._check_groups(source.model)
+
+    def _check_groups(self, model: Any) -> None:
+        check_groups(self.name, {n: m.in_features for n, m in linears(model).items()}, self.group_size)
+
+    def apply(self, job: WeightsJob) -> Changed:
+        """Calibrate, choose codes, and hand over the model in the other library's format."""
+        check_plain(self.name, job.model)
+        self._check_groups(job.model)
+        moments = observe(job.model, list(linears(job.model)), job.encodings(), job.track)
+        names = {id(linear): name for name, linear in inner_linears(job.model).items()}
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        layers: dict[str, dict[str, float]] = {}
+        chosen = linears(job.model)
+        for name, linear in job.track(chosen.items(), "quantising", len(chosen)):
+            weight, gram = linear.weight.detach(), moments.pop(name).gram
+            coded = self._choose(weight, gram)
+            layers[name] = {"relative_error": relative_error(weight, coded, gram)}
+            tensors[names[id(linear)]] = {
+                "weight_packed": pack_int32(coded.codes),
+                "weight_scale": coded.scales,
+                "weight_shape": torch.tensor(weight.shape),
+            }
+        replace_weights(job, tensors, quantization_config(self.group_size, outer_linears(job.model)))
+        note = "PyTorch expands the weights at the first pass: the file is small, the speed that of float32"
+        return Changed({"layers": layers}, [note])
+
+    def _choose(self, weight: torch.Tensor, gram: torch.Tensor) -> Coded:
+        if self.algorithm == "rtn":
+            return round_to_nearest(weight, gram, self.group_size, symmetric=True)
+        return gptq(weight, gram, self.group_size, symmetric=True, order=self.order)
+
+
+def pack_int32(codes: torch.Tensor) -> torch.Tensor:
+    """Return codes 0…15, (N, K), eight to a word, int32 (N, K / 8), the first in the lowest bits. K divides by 8.
+
+    The format's codes are signed, -8…7, and stored 8 higher; that is what ours are.
+    """
+    words = (codes.long().unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def quantization_config(group_size: int, ignore: list[str]) -> dict[str, Any]:
+    """Return what config.json says of the format; `ignore` names the linear layers that stay float."""
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": group_size,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }

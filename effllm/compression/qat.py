@@ -1,0 +1,136 @@
+"""qat: trains with weights and inputs rounded as a later int8 or int4 will round them, so that it costs less.
+
+Jacob et al. 2018, section 3, written from the paper: the forward pass rounds, the gradient passes straight through the
+rounding to the float weights, which are what is left at the end. With 8 bits, weights have a scale per output and
+inputs a range per layer, an exponential moving average of what was seen; with 4 bits, weights have a scale per group
+and inputs stay float, as int4 leaves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from effllm import machine
+from effllm.compression.gptq import check_groups
+from effllm.compression.grids import weight_levels
+from effllm.compression.layers import linears
+from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.recovery import check_training, recover
+from effllm.errors import SettingError
+
+if TYPE_CHECKING:
+    from effllm.exporters.source import Source
+
+MEMORY = 0.99
+"""The share that a layer's range keeps of itself at each pass."""
+
+
+@dataclass(frozen=True)
+class Qat:
+    """Quantisation-aware fine-tuning: a step before int8 or int4."""
+
+    name: ClassVar[str] = "qat"
+    summary: ClassVar[str] = "trains the model for the rounding of a later int8 or int4; needs --train"
+    stage: ClassVar[Stage] = Stage.TRAIN
+    before: ClassVar[Stage] = Stage.CODES
+    identity: ClassVar[Mapping[str, Any]] = {}
+
+    bits: int = field(default=8, metadata={"help": "bits of the weights: 8, inputs too, or 4, weights alone in groups"})
+    group_size: int = field(default=128, metadata={"help": "with 4 bits: weights along a row that share a scale"})
+    epochs: float = field(default=1.0, metadata={"help": "passes over the training texts"})
+    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
+    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
+    logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})
+    hidden: float = field(default=1.0, metadata={"help": "weight of matching its hidden states"})
+    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
+    seed: int = field(default=0, metadata={"help": "decides order and dropout"})
+
+    def __post_init__(self) -> None:
+        check_training(self)
+        if self.bits not in {4, 8}:
+            raise SettingError(f"qat: bits must be 8 or 4, got {self.bits}")
+        if self.group_size not in {32, 64, 128}:
+            raise SettingError(f"qat: group_size must be 128, 64 or 32, got {self.group_size}")
+        if not self.logits + self.hidden + self.label_weight > 0:
+            raise SettingError("qat: one of logits, hidden and label_weight must be above 0")
+
+    def check(self, source: Source) -> None:
+        """Raise SettingError where the groups do not divide a layer's inputs."""
+        self._check_groups(source.model)
+
+    def _check_groups(self, model: Any) -> None:
+        if self.bits == 4:
+            check_groups(self.name, {n: m.in_features for n, m in linears(model).items()}, self.group_size)
+
+    def apply(self, job: WeightsJob) -> Changed:
+        """Train in place; the weights are float afterwards."""
+        self._check_groups(job.model)
+        levels, _ = weight_levels(machine.instruction_set())
+        chosen = list(linears(job.model).values())
+        rounding = RoundedWeight(levels) if self.bits == 8 else RoundedWeight(7, self.group_size)
+        with rounded(chosen, rounding, inputs=self.bits == 8):
+            details = recover(job, self)
+        return Changed(details)
+
+
+@contextmanager
+def rounded(chosen: list[nn.Linear], weights: RoundedWeight, *, inputs: bool) -> Iterator[None]:
+    """Let linear layers compute with rounded weights, and with rounded inputs too, while the block runs."""
+    handles = []
+    for linear in chosen:
+        parametrize.register_parametrization(linear, "weight", weights)
+        if inputs:
+            handles.append(linear.register_forward_pre_hook(RoundedInput()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for linear in chosen:
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+
+
+class RoundedWeight(nn.Module):
+    """Rounds W (N, K) to -levels…levels times a scale per row, or per `group_size` columns of a row."""
+
+    def __init__(self, levels: int, group_size: int = 0) -> None:
+        super().__init__()
+        self.levels, self.group_size = levels, group_size
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the rounded weight; its gradient is the weight's."""
+        groups = weight.detach().unflatten(1, (-1, self.group_size or weight.shape[1]))
+        scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-8) / self.levels
+        return _straight_through(weight, ((groups / scales).round() * scales).flatten(1))
+
+
+class RoundedInput:
+    """A hook before a layer that rounds its input to 256 steps over a moving range that holds zero."""
+
+    def __init__(self) -> None:
+        self.low, self.high = 0.0, 0.0
+        self.seen = False
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Take in the input's range and return the rounded input; its gradient is the input's."""
+        x = args[0].detach()
+        keep = MEMORY if self.seen else 0.0
+        self.low = keep * self.low + (1 - keep) * min(float(x.min()), 0.0)
+        self.high = keep * self.high + (1 - keep) * max(float(x.max()), 0.0)
+        self.seen = True
+        scale = max((self.high - self.low) / 255, 1e-8)
+        zero = round(-self.low / scale)
+        codes = ((x / scale).round() + zero).clamp(0, 255)
+        return (_straight_through(args[0], (codes - zero) * scale), *args[1:])
+
+
+def _straight_through(value: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    return value + (changed - value).detach()
