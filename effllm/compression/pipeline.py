@@ -39,6 +39,8 @@ from effllm.variant import Variant, check_target, create, is_variant, read_manif
 log = logging.getLogger(__name__)
 
 PROBES = 8
+RELOADED = 1e-5
+"""The most that a reloaded model may answer otherwise, times the largest answer where that exceeds one."""
 
 
 def export(
@@ -332,5 +334,7 @@ def _check_reload(staging: Path, run: _Run, expected: Sequence[np.ndarray]) -> N
     """Open the staged folder as a user would. Raises CheckFailed when it answers otherwise than the gated model did."""
     reloaded = Predictor.open(staging, task=run.source.task.name, threads=run.threads)
     got = _raw_outputs(reloaded, run.gate[:PROBES])
-    if len(got) != len(expected) or not all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True)):
+    # Weights of odd sizes lie elsewhere in memory after loading, and sums of float32 depend on where.
+    near = (np.abs(a - b).max() <= RELOADED * max(1.0, np.abs(b).max()) for a, b in zip(got, expected, strict=False))
+    if [a.shape for a in got] != [b.shape for b in expected] or not all(near):
         raise CheckFailed("the written folder does not answer as the checked model did")
