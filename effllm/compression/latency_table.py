@@ -27,6 +27,8 @@ from effllm.measure.clock import time_interleaved
 from effllm.runtime.ort import OrtEngine
 
 ROUNDS = 15
+POINTS = {"heads": 3, "neurons": 4}
+"""How many widths are measured, the dense model's among them."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def measure(
     feeds = sample_inputs(job.source, [length] * batch)
     found = {"heads": heads, "neurons": neurons}
     wanted = {
-        "heads": _points(max(b.count for b in heads), 1, 3),
-        "neurons": _points(max(b.count for b in neurons), LEAST_NEURONS, 4),
+        "heads": _points(max(b.count for b in heads), 1, POINTS["heads"]),
+        "neurons": _points(max(b.count for b in neurons), LEAST_NEURONS, POINTS["neurons"]),
     }
     variants = [(kind, units) for kind, points in wanted.items() for units in points[:-1]]
     calls: dict[str, Callable[[], Any]] = {"dense": _open(job, feeds, {})}

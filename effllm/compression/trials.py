@@ -69,9 +69,7 @@ def _output_scale(predictor: Predictor, examples: Sequence[Example]) -> float:
     return max([1.0, *(float(np.abs(o[name]).max()) for o in outputs for name in predictor.task.outputs)])
 
 
-def latencies(
-    predictors: Mapping[str, Predictor], examples: Sequence[Example], track: Track
-) -> dict[str, list[float]]:
+def latencies(predictors: Mapping[str, Predictor], examples: Sequence[Example], track: Track) -> dict[str, list[float]]:
     """Time one batch-1 and one batch-8 pass of an example of median length, in milliseconds, interleaved."""
     first = next(iter(predictors.values()))
     encodings = sorted((e for group in first.encode(examples[:200]) for e in group), key=len)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
 from torch import nn
-from weights_jobs import TASK_OF, make_job
+from weights_jobs import TASK_OF, TEXTS, make_job
 
 from effllm.compression.calibrate import feeds
 from effllm.compression.slicing import blocks
@@ -83,19 +84,34 @@ def final_states(job, model) -> torch.Tensor:
         return torch.cat([model.base_model(**feed)[0][0] for feed in feeds(model, job.encodings())])
 
 
+def states(job, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a linear layer of the base model makes of the texts, and the base model's last states."""
+    seen = []
+    handle = job.model.base_model.get_submodule(name).register_forward_hook(lambda _, args, out: seen.append(out[0]))
+    with torch.no_grad():
+        last = [job.model.base_model(**feed)[0][0] for feed in feeds(job.model, job.encodings())]
+    handle.remove()
+    return torch.cat(seen), torch.cat(last)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_fit_brings_the_states_nearer_and_knows_the_residual_stream(tmp_path: Path, architecture: str) -> None:
-    job = make_job(make_model(tmp_path / "model", architecture, TASK_OF[architecture]), tmp_path)
+    job = make_job(make_model(tmp_path / "model", architecture, TASK_OF[architecture]), tmp_path, TEXTS[:12])
     dense = copy.deepcopy(job.model)
-    goal = final_states(job, dense)
+    found = [*blocks(dense, "heads"), *blocks(dense, "neurons")]
+    name = found[0].output
+    goals = states(job, name)
     tune(job, dense, "weights")
     # Of an unpruned model every target is what is there already; a wrong stream would show as a difference.
-    torch.testing.assert_close(final_states(job, job.model), goal, rtol=0, atol=1e-4)
-    found = [*blocks(dense, "heads"), *blocks(dense, "neurons")]
+    torch.testing.assert_close(states(job, name)[1], goals[1], rtol=0, atol=1e-4)
     kept = {b: torch.arange(b.count // 2) for b in found}
     errors = {}
     for tuning in ("none", "scales", "weights"):
-        job.source.__dict__["model"] = copy.deepcopy(dense)
+        job = dataclasses.replace(job, source=dataclasses.replace(job.source, model=copy.deepcopy(dense)))
         prune(job, kept, tuning)
-        errors[tuning] = float((final_states(job, job.model) - goal).square().mean())
-    assert errors["weights"] < errors["scales"] < errors["none"]
+        errors[tuning] = [
+            float((now - goal).square().mean()) for now, goal in zip(states(job, name), goals, strict=True)
+        ]
+    # The first block sees what the dense model's sees, so that there the fit alone decides.
+    assert errors["weights"][0] < errors["scales"][0] < errors["none"][0]
+    assert max(errors["weights"][1], errors["scales"][1]) < errors["none"][1]
