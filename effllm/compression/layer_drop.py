@@ -36,7 +36,7 @@ class Layers:
     stage: ClassVar[Stage] = Stage.LAYERS
     identity: ClassVar[Mapping[str, Any]] = {}
 
-    keep: int = field(default=0, metadata={"help": "how many layers stay; 0 = as drop says"})
+    keep: int = field(default=0, metadata={"help": "how many layers stay; 0 = as drop says, half where that is 0 too"})
     drop: int = field(default=0, metadata={"help": "how many layers go; 0 = as keep says"})
     by: Literal["even", "cosine", "fisher"] = field(
         default="even", metadata={"help": "evenly spaced, or those that change the hidden states or the answers most"}
@@ -45,7 +45,7 @@ class Layers:
     seed: int = field(default=0, metadata={"help": "chooses the calibration texts and the drawn answers"})
 
     def __post_init__(self) -> None:
-        if min(self.keep, self.drop) < 0 or (self.keep > 0) == (self.drop > 0):
+        if min(self.keep, self.drop) < 0 or (self.keep and self.drop):
             raise SettingError(f"layers: give one of keep and drop, 1 or more, got keep={self.keep}, drop={self.drop}")
         if self.calibration < 1:
             raise SettingError(f"layers: calibration must be at least 1, got {self.calibration}")
@@ -69,7 +69,7 @@ class Layers:
         return Changed(details if scores is None else details | {"scores": scores.tolist()})
 
     def _kept(self, count: int) -> int:
-        kept = self.keep or count - self.drop
+        kept = self.keep or count - (self.drop or count // 2)
         if not 1 <= kept <= count:
             raise SettingError(f"layers: of {count} layers at least 1 must stay, got {kept}")
         return kept

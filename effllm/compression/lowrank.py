@@ -36,17 +36,18 @@ class LowRank:
     stage: ClassVar[Stage] = Stage.FACTORS
     identity: ClassVar[Mapping[str, Any]] = {"rank": 1.0}
 
-    rank: float = field(default=0.0, metadata={"help": "share of the full rank that stays; 0 = as energy says"})
+    rank: float = field(default=0.4, metadata={"help": "share of the full rank that stays, unless energy is given"})
     energy: float = field(
-        default=0.0, metadata={"help": "share of the outputs' squared size that the rank must hold; 0 = as rank says"}
+        default=0.0,
+        metadata={"help": "share of the outputs' squared size that the rank must hold instead; 0 = as rank says"},
     )
     calibration: int = field(default=500, metadata={"help": "how many calibration texts to use"})
     seed: int = field(default=0, metadata={"help": "chooses the calibration texts"})
 
     def __post_init__(self) -> None:
-        if not (0 <= self.rank <= 1 and 0 <= self.energy <= 1) or (self.rank > 0) == (self.energy > 0):
+        if not (0 < self.rank <= 1 and 0 <= self.energy <= 1):
             raise SettingError(
-                f"lowrank: give one of rank and energy, above 0 and at most 1, got rank={self.rank}, "
+                f"lowrank: rank must be above 0, energy at least 0, both at most 1, got rank={self.rank}, "
                 f"energy={self.energy}"
             )
         if self.calibration < 1:
@@ -74,9 +75,9 @@ class LowRank:
         return Changed({"layers": details}, _notes(left, len(chosen)))
 
     def _rank(self, energies: torch.Tensor) -> int:
-        if self.rank:
-            return max(1, round(self.rank * len(energies)))
-        return rank_for(energies, self.energy)
+        if self.energy:
+            return rank_for(energies, self.energy)
+        return max(1, round(self.rank * len(energies)))
 
 
 def output_directions(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

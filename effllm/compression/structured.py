@@ -35,10 +35,12 @@ class Structured:
     identity: ClassVar[Mapping[str, Any]] = {"flops": 1.0}
 
     flops: float = field(
-        default=0.0, metadata={"help": "share of the linear layers' multiplications that stays; 0 = as latency says"}
+        default=0.5,
+        metadata={"help": "share of the linear layers' multiplications that stays, unless latency is given"},
     )
     latency: float = field(
-        default=0.0, metadata={"help": "share of the latency in ONNX Runtime here that stays; 0 = as flops says"}
+        default=0.0,
+        metadata={"help": "share of the latency in ONNX Runtime here that stays instead; 0 = as flops says"},
     )
     batch: int = field(default=16, metadata={"help": "texts in the batch that latency is measured on"})
     length: int = field(default=64, metadata={"help": "tokens of each text that latency is measured on"})
@@ -49,9 +51,9 @@ class Structured:
     seed: int = field(default=0, metadata={"help": "chooses the calibration texts and the drawn answers"})
 
     def __post_init__(self) -> None:
-        if not (0 <= self.flops <= 1 and 0 <= self.latency <= 1) or (self.flops > 0) == (self.latency > 0):
+        if not (0 < self.flops <= 1 and 0 <= self.latency <= 1):
             raise SettingError(
-                f"structured: give one of flops and latency, above 0 and at most 1, got flops={self.flops}, "
+                f"structured: flops must be above 0, latency at least 0, both at most 1, got flops={self.flops}, "
                 f"latency={self.latency}"
             )
         for key in ("batch", "length", "calibration"):
@@ -65,7 +67,7 @@ class Structured:
             raise SettingError(
                 f"structured: length must be at most the model's {source.folder.max_length} tokens, got {self.length}"
             )
-        if self.flops:
+        if not self.latency:
             Costs.of_weights(heads, neurons, self.flops).check()
 
     def apply(self, job: WeightsJob) -> Changed:
