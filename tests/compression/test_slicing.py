@@ -126,10 +126,10 @@ def reload_in_a_fresh_process(folders: list[Path], *flags: str) -> None:
 
 def test_pruned_folders_reload_and_export(folders, tmp_path: Path) -> None:
     written = []
-    for architecture, folder in folders.items():
+    for architecture in ("electra", "modernbert"):
         methods = [parse_method("heads:keep=0.5"), parse_method("ffn:keep=0.4,uniform=false")]
         out = tmp_path / architecture
-        compress(folder, out, method=methods, calib=TEXTS, max_drop=1.0, threads=1)
+        compress(folders[architecture], out, method=methods, calib=TEXTS[:30], max_drop=1.0, threads=1)
         config = json.loads((out / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == "effllm"
         written.append(out)
@@ -140,10 +140,10 @@ def test_pruned_folders_reload_and_export(folders, tmp_path: Path) -> None:
 
 def test_equal_sizes_are_a_plain_config(folders, tmp_path: Path) -> None:
     written = []
-    for architecture in ("bert", "distilbert", "modernbert"):
+    for architecture in ("distilbert", "modernbert"):
         methods = [parse_method("layers:drop=1"), parse_method("ffn:keep=0.5")]
         out = tmp_path / architecture
-        compress(folders[architecture], out, method=methods, calib=TEXTS, max_drop=1.0, threads=1)
+        compress(folders[architecture], out, method=methods, calib=TEXTS[:30], max_drop=1.0, threads=1)
         config = json.loads((out / "config.json").read_text())
         assert "quantization_config" not in config
         names = (
