@@ -83,7 +83,7 @@ def test_soft_movement_prunes_by_its_penalty(classifier, tmp_path):
     shares = []
     for penalty in (0.0, 1e6):
         job = make_job(classifier, tmp_path / str(penalty), train=24)
-        spec = f"movement:selection=soft,penalty={penalty},threshold=0.4,score_rate=0.2,{TRAINED}"
+        spec = f"movement:selection=soft,penalty={penalty},threshold=0.4,score_rate=1,{TRAINED}"
         shares.append(parse_method(spec).apply(job).details["sparsity"])
     assert shares[1] > 0.9
     assert shares[1] > shares[0]
@@ -92,7 +92,7 @@ def test_soft_movement_prunes_by_its_penalty(classifier, tmp_path):
 def test_written_and_read_again(classifier, texts, tmp_path):
     method = parse_method(f"movement:{TRAINED}")
     calib = english_sentences()[30:42]
-    compress(classifier, tmp_path / "out", method=method, train=texts, calib=calib, max_drop=1.0, threads=1)
+    compress(classifier, tmp_path / "out", method=method, train=texts, calib=calib, max_drop=1.0)
     for name, linear in linears(load(tmp_path / "out")).items():
         assert int((linear.weight == 0).sum()) == linear.weight.numel() // 2, name
 

@@ -90,7 +90,7 @@ def test_patterns_hold(classifier, tmp_path, method, pattern):
 def test_written_and_read_again(classifier, tmp_path, method):
     sentences = english_sentences()[:12]
     out = tmp_path / "out"
-    compress(classifier, out, method=parse_method(method), calib=sentences, max_drop=1.0, threads=1)
+    compress(classifier, out, method=parse_method(method), calib=sentences, max_drop=1.0)
     for name, linear in linears(load(out)).items():
         assert int((linear.weight == 0).sum()) == linear.weight.numel() // 2, name
 
