@@ -160,7 +160,9 @@ class _Run:
         """Write the changed model as a transformers folder, gated as it answers when it is loaded from there."""
         label = " + ".join(method.name for method in self.methods)
         before = _linear_weights(self.source.model)
-        dense = Predictor.open(self.source.folder.path, task=self.source.task.name, engine="torch", name="dense")
+        dense = Predictor.open(
+            self.source.folder.path, task=self.source.task.name, engine="torch", threads=self.threads, name="dense"
+        )
         source = self._change_weights()
         write_layout(source, self.staging)
         source.model.save_pretrained(self.staging)
