@@ -87,7 +87,8 @@ def replace_weights(job: WeightsJob, coded: Mapping[str, Mapping[str, torch.Tens
 def load_coded(job: WeightsJob, folder: Any, config: Any = None) -> None:
     """Make the job's model the one that transformers loads from a folder, coding it by `config` where given."""
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "bitsandbytes"):  # the latter warns at every product
+        logging.getLogger(library).setLevel(logging.ERROR)
     chosen = {} if config is None else {"quantization_config": config}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
