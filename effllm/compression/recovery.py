@@ -86,7 +86,6 @@ def recover(
     teacher, _ = load_folder(open_folder(source.folder.path), source.task.auto_class)
     lesson = Lesson(source.task, source.head, job.tokenizer, job.train, teacher)
     losses = []
-    (job.work / "checkpoints").mkdir(exist_ok=True)
     records = retrain(job.model, lesson, settings, job.work)
     for record in job.track(records, f"training ({method.name})", steps):
         losses.append(record.loss)

@@ -54,7 +54,8 @@ def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) 
         evaluate=_nothing,
         eval_every=0,
         companions={},
-        manifest={"task": lesson.task.name, "steps": []},
+        manifest={},
+        checkpoints=False,
     )
     try:
         yield from train(run, make_accelerator(settings), None)

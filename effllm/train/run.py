@@ -54,7 +54,7 @@ class Run:
 
     `companions` are the files, by their names in it, that go into every checkpoint beside config and weights. `module`
     returns sums of losses and names them in `components`; its `model` is what is saved. `patience` ends the run after
-    that many evaluations without a better score; 0 = never.
+    that many evaluations without a better score; 0 = never. Without `checkpoints` nothing but the log is written.
     """
 
     folder: Path
@@ -66,6 +66,7 @@ class Run:
     companions: Mapping[str, Path]
     manifest: Mapping[str, Any]
     patience: int = 0
+    checkpoints: bool = True
 
 
 def make_accelerator(settings: LoopSettings) -> Accelerator:
@@ -178,7 +179,7 @@ class _Keeper:
                 better = self.progress.best_score is None or evaluation.score > self.progress.best_score
                 self.worse = 0 if better else self.worse + 1
         stop = bool(self.run.patience) and self.worse >= self.run.patience
-        if saves or better or stop:
+        if self.run.checkpoints and (saves or better or stop):
             self._save(record, evaluation, better)
         return stop
 
