@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .forward import key_blocks
-from .tile import dot, dot_add, extent, flags, gradient_tile, load_rows, number, place, store_rows, unless_pruned
+from .tile import dot, dot_add, extent, flags, gradient_tile, load_rows, place, store_rows, unless_pruned
 
 
 @triton.jit
@@ -76,11 +76,11 @@ def query_kernel(q, k, v, out, dout, lse, dlse, delta, dq, t, blocks, heads, gro
             exists = flags(t.key_mask, batch, j, j < valid)
             k_tile = load_rows(k_ptr, k, j, exists, WIDTH, BLOCK_D)
             v_tile = load_rows(v_ptr, v, j, exists, WIDTH, BLOCK_D)
-            _, _, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
+            _p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
                                            batch * heads + head, batch, head, keys, offset, t, False, BLOCK_M,
                                            BLOCK_N, ACC)  # fmt: skip
             total = dot_add(dproduct.to(k_tile.dtype), k_tile, total)
-    store_rows(place(dq, batch, first, head), dq, i, i < queries, total * number(t.scale, ACC), WIDTH, BLOCK_D)
+    store_rows(place(dq, batch, first, head), dq, i, i < queries, total * tl.full((), t.scale, ACC), WIDTH, BLOCK_D)
 
 
 @triton.jit
@@ -112,12 +112,12 @@ def key_kernel(q, k, v, dout, lse, delta, dk, dv, t, blocks, heads, group, max_q
                 q_tile = load_rows(place(q, batch, first, head), q, i, counts, WIDTH, BLOCK_D)
                 do_tile = load_rows(place(dout, batch, first, head), dout, i, counts, WIDTH, BLOCK_D)
                 sums, known = row_statistics(lse, delta, batch, first, head, i, counts)
-                p, _, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
+                p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
                                                batch * heads + head, batch, head, keys, offset, t, True, BLOCK_M,
                                                BLOCK_N, ACC)  # fmt: skip
                 v_total = dot_add(p.to(do_tile.dtype), do_tile, v_total)
                 k_total = dot_add(dproduct.to(q_tile.dtype), q_tile, k_total)
-    store_rows(place(dk, batch, first_key, key_head), dk, j, j < keys, k_total * number(t.scale, ACC), WIDTH, BLOCK_D)
+    store_rows(place(dk, batch, first_key, key_head), dk, j, j < keys, k_total * tl.full((), t.scale, ACC), WIDTH, BLOCK_D)
     store_rows(place(dv, batch, first_key, key_head), dv, j, j < keys, v_total, WIDTH, BLOCK_D)
 
 
@@ -147,13 +147,13 @@ def whole_kernel(q, k, v, out, dout, lse, dlse, delta, dq, dk, dv, t, heads, gro
         known = write_delta(out_tile, do_tile, dlse, delta, batch, first, head, i, counts, i < queries, ACC)
         sums = tl.load(place(lse, batch, first, head) + i.to(tl.int64) * lse.row, mask=counts, other=0.0)
         sums = tl.where(sums == float("-inf"), 0.0, sums)
-        p, _, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, 0, 0, counts, exists,
+        p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, 0, 0, counts, exists,
                                        batch * heads + head, batch, head, keys, keys - queries, t, True, BLOCK_M,
                                        BLOCK_N, ACC)  # fmt: skip
         v_total = dot_add(p.to(do_tile.dtype), do_tile, v_total)
         dproduct = dproduct.to(q_tile.dtype)
         k_total = dot_add(dproduct, q_tile, k_total)
-        q_grad = dot(tl.trans(dproduct), k_tile, ACC) * number(t.scale, ACC)
+        q_grad = dot(tl.trans(dproduct), k_tile, ACC) * tl.full((), t.scale, ACC)
         store_rows(place(dq, batch, first, head), dq, i, i < queries, q_grad, WIDTH, BLOCK_D)
-    store_rows(place(dk, batch, first_key, key_head), dk, j, j < keys, k_total * number(t.scale, ACC), WIDTH, BLOCK_D)
+    store_rows(place(dk, batch, first_key, key_head), dk, j, j < keys, k_total * tl.full((), t.scale, ACC), WIDTH, BLOCK_D)
     store_rows(place(dv, batch, first_key, key_head), dv, j, j < keys, v_total, WIDTH, BLOCK_D)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import LN2, dot, dot_add, extent, flags, in_window, kept, load_rows, logits, number, place, store_rows, unit_of, unless_pruned
+from .tile import LN2, dot, dot_add, extent, flags, in_window, kept, load_rows, logits, place, store_rows, unit_of, unless_pruned
 
 
 @triton.jit
@@ -117,8 +117,8 @@ def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_ke
     safe_total = tl.where(total == 0.0, 1.0, total)
     values = tl.where(counts[:, None], values / safe_total[:, None], 0.0)
     if t.seed is not None:
-        values = values * number(t.rescale, ACC)
+        values = values * tl.full((), t.rescale, ACC)
     stored = i < queries
     store_rows(place(out, batch, first, head), out, i, stored, values, WIDTH, BLOCK_D)
-    sums = tl.where(counts & (total > 0.0), (top + tl.log2(safe_total)) * number(LN2, ACC), float("-inf"))
+    sums = tl.where(counts & (total > 0.0), (top + tl.log2(safe_total)) * tl.full((), LN2, ACC), float("-inf"))
     tl.store(place(lse, batch, first, head) + i.to(tl.int64) * lse.row, sums, mask=stored)

@@ -75,6 +75,40 @@ def attention(
 
     Raises ValueError naming the argument that does not fit.
     """
+    terms = attention_terms(
+        q, k, v, key_lengths=key_lengths, key_mask=key_mask, query_lengths=query_lengths, query_mask=query_mask,
+        bias=bias, alibi_slopes=alibi_slopes, relative_bias=relative_bias, c2p=c2p, p2c=p2c,
+        relative_index=relative_index, heads=heads, window=window, causal=causal, dropout_p=dropout_p, seed=seed,
+        scale=scale, softcap=softcap,
+    )  # fmt: skip
+    out, lse = getattr(torch.ops, NAMESPACE).attention(q, k, v, *terms)
+    return (out, lse) if return_lse else out
+
+
+def attention_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    c2p: Tensor | None = None,
+    p2c: Tensor | None = None,
+    relative_index: Tensor | None = None,
+    heads: Tensor | None = None,
+    window: Window = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Terms:
+    """Return the checked terms of a call of `attention`, as the operator takes them."""
     _check(q, k, v)
     batch, queries, count, width = q.shape
     for name, mask, size in (("key_mask", key_mask, k.shape[1]), ("query_mask", query_mask, queries)):
@@ -90,7 +124,7 @@ def attention(
         c2p = relative_bias.to(sums)[None, None].expand(batch, queries, -1, -1)
     _check_relative(q, k, c2p, p2c, relative_index)
     left, right = bounds(window, causal)
-    terms = Terms(
+    return Terms(
         query_starts=None,
         key_starts=None,
         query_lengths=query_lengths,
@@ -112,8 +146,6 @@ def attention(
         scale=1 / math.sqrt(width) if scale is None else positive("scale", scale),
         softcap=0.0 if softcap is None else positive("softcap", softcap),
     )
-    out, lse = getattr(torch.ops, NAMESPACE).attention(q, k, v, *terms)
-    return (out, lse) if return_lse else out
 
 
 def bounds(window: Window, causal: bool) -> tuple[int, int]:

@@ -54,10 +54,10 @@ def forward_tile(q: Tensor, terms: Terms) -> Tile:
     if q.dtype.itemsize > 2:
         tile = Tile(64, 32, 4, 2)
     elif width <= 64:
-        tile = Tile(128, 128 if is_plain(terms) else 64, 4 if is_plain(terms) else 8, 3)
+        tile = Tile(128, 128 if is_plain(terms) else 64, 8, 3)
     else:
         tile = Tile(128, 64, 8, 3) if width <= 128 else Tile(64, 64, 4, 2)
-    return _shrink(tile, terms)
+    return _shrink(tile, terms, least_keys=16)
 
 
 def backward_tile(q: Tensor, terms: Terms) -> Tile:
@@ -66,14 +66,14 @@ def backward_tile(q: Tensor, terms: Terms) -> Tile:
     if q.dtype.itemsize > 2:
         return Tile(32, 32, 4, 1)
     tile = Tile(128, 128, 8, 1) if width <= 64 else Tile(64, 64, 4 if width <= 128 else 8, 1)
-    return _shrink(tile, terms)
+    return _shrink(tile, terms, least_keys=64)
 
 
-def _shrink(tile: Tile, terms: Terms) -> Tile:
+def _shrink(tile: Tile, terms: Terms, least_keys: int) -> Tile:
     """Return the tile without rows and keys that no sequence has; 64 rows are the least of Hopper's matrix unit."""
     rows, keys = (max(16, triton.next_power_of_2(size)) for size in (terms.max_query, terms.max_key))
-    rows, keys = min(tile.rows, max(64, rows)), min(tile.keys, keys)
-    return tile._replace(rows=rows, keys=keys, warps=4 if rows * keys <= 64 * 64 else tile.warps)
+    small = tile._replace(rows=min(tile.rows, max(64, rows)), keys=min(tile.keys, max(least_keys, keys)))
+    return small if small == tile or small.rows * small.keys > 64 * 64 else small._replace(warps=4)
 
 
 def is_plain(terms: Terms) -> bool:

@@ -169,17 +169,11 @@ def gather_relative(s, view, index, batch, first, head, row, i, j, keys, ok):
 
 
 @triton.jit
-def number(value, dtype: tl.constexpr):
-    """Return a scalar of the given dtype; a plain float would be rounded to float32 even among float64."""
-    return tl.full((), value, dtype)
-
-
-@triton.jit
 def unit_of(t, ACC: tl.constexpr):
     """Return what turns the numbers of `logits` into powers of two."""
     if t.softcap is None and t.bias is None and t.alibi is None and t.c2p is None and t.p2c is None:
-        return number(t.scale, ACC) * number(LOG2E, ACC)
-    return number(LOG2E, ACC)
+        return tl.full((), t.scale, ACC) * tl.full((), LOG2E, ACC)
+    return tl.full((), LOG2E, ACC)
 
 
 @triton.jit
@@ -188,11 +182,11 @@ def logits(product, batch, head, i, j, ok, keys, offset, t):
     slope = 1.0
     s = product
     if t.softcap is not None:
-        bent = tanh(s * (number(t.scale, s.dtype) / number(t.softcap, s.dtype)))
+        bent = tanh(s * (tl.full((), t.scale, s.dtype) / tl.full((), t.softcap, s.dtype)))
         slope = 1.0 - bent * bent
-        s = bent * number(t.softcap, s.dtype)
+        s = bent * tl.full((), t.softcap, s.dtype)
     elif t.bias is not None or t.alibi is not None or t.c2p is not None or t.p2c is not None:
-        s = s * number(t.scale, s.dtype)
+        s = s * tl.full((), t.scale, s.dtype)
     if t.bias is not None:
         s = gather_bias(s, t.bias, batch, head, i, j, ok)
     if t.alibi is not None:
@@ -244,13 +238,13 @@ def gradient_tile(q_tile, k_tile, v_tile, do_tile, lse, delta, i0, j0, rows_ok, 
         product, dp = dot(q_tile, tl.trans(k_tile), ACC), dot(do_tile, tl.trans(v_tile), ACC)
     s, slope = logits(product, batch, head, rows, columns, ok, keys, offset, t)
     visible = in_window(ok, rows, columns, offset, t)
-    p = tl.where(visible, tl.exp2(s * unit_of(t, ACC) - lse * number(LOG2E, ACC)), 0.0)
+    p = tl.where(visible, tl.exp2(s * unit_of(t, ACC) - lse * tl.full((), LOG2E, ACC)), 0.0)
     dropped = p
     if t.seed is not None:
         keep = kept(t, head_number, i0, j0, BLOCK_M, BLOCK_N)
         if TRANSPOSED:
             keep = tl.trans(keep)
-        dropped = tl.where(keep, p * number(t.rescale, ACC), 0.0)
-        dp = tl.where(keep, dp * number(t.rescale, ACC), 0.0)
+        dropped = tl.where(keep, p * tl.full((), t.rescale, ACC), 0.0)
+        dp = tl.where(keep, dp * tl.full((), t.rescale, ACC), 0.0)
     dlogit = tl.where(visible, p * (dp - delta), 0.0)
     return dropped, dlogit, dlogit * slope
