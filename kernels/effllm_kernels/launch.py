@@ -52,11 +52,11 @@ def forward_tile(q: Tensor, terms: Terms) -> Tile:
     """Return the forward tile."""
     width = q.shape[-1]
     if q.dtype.itemsize > 2:
-        tile = Tile(64, 32, 4, 2)
+        tile = Tile(32, 32, 4, 2)
     elif width <= 64:
         tile = Tile(128, 128 if is_plain(terms) else 64, 8, 3)
     else:
-        tile = Tile(128, 64, 8, 3) if width <= 128 else Tile(64, 64, 4, 2)
+        tile = Tile(128, 64, 8, 3) if width <= 128 else Tile(64, 64, 8, 2)
     return _shrink(tile, terms, least_keys=16)
 
 
@@ -64,8 +64,12 @@ def backward_tile(q: Tensor, terms: Terms) -> Tile:
     """Return the tile of all backward kernels."""
     width = q.shape[-1]
     if q.dtype.itemsize > 2:
-        return Tile(32, 32, 4, 1)
-    tile = Tile(128, 128, 8, 1) if width <= 64 else Tile(64, 64, 4 if width <= 128 else 8, 1)
+        return Tile(32, 32, 8, 1)
+    looks_up = any(term is not None for term in (terms.bias, terms.c2p, terms.p2c))
+    if width <= 128:
+        tile = Tile(64, 64, 4, 1) if width > 64 or looks_up else Tile(64, 128, 8, 1)
+    else:
+        tile = Tile(64, 32, 8, 1)
     return _shrink(tile, terms, least_keys=64)
 
 
@@ -119,7 +123,7 @@ def backward_calls(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor,
     terms: Terms, grads: tuple[Tensor, Tensor, Tensor],
 ) -> list[Call]:  # fmt: skip
-    """Return the launches that fill delta and the gradients of q, k, v: one where a head fits in a tile, else two."""
+    """Return the launches that fill delta and the gradients of q, k, v: one where all keys fit in a tile, else two."""
     tile = backward_tile(q, terms)
     batch, heads, group = _sizes(q, k, terms)
     options = _blocks(q, tile) | _options(tile)
@@ -127,7 +131,7 @@ def backward_calls(
     sums, known, own = _sums_view(lse), _sums_view(delta), _device_terms(terms)
     dsums = None if dlse is None else _sums_view(dlse)
     dq, dk, dv = (_view(grad) for grad in grads)
-    if terms.max_query <= tile.rows and terms.max_key <= tile.keys:
+    if terms.max_key <= tile.keys:
         args = (*inputs, _view(out), _view(dout), sums, dsums, known, dq, dk, dv, own, *sizes)
         return [Call(whole_kernel, batch * heads // group, args, options)]
     row_blocks, key_blocks = triton.cdiv(terms.max_query, tile.rows), triton.cdiv(terms.max_key, tile.keys)

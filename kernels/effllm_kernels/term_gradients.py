@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward import row_statistics
+from .backward import row_delta, row_sums
 from .tile import dot_add, extent, flags, gradient_tile, load_rows, place, unless_pruned
 
 
@@ -30,7 +30,8 @@ def logit_gradient(q, k, v, dout, lse, delta, t, batch, head, heads, group, i0, 
     do_tile = load_rows(place(dout, batch, first, head), dout, i, counts, WIDTH, BLOCK_D)
     k_tile = load_rows(place(k, batch, first_key, head // group), k, j, exists, WIDTH, BLOCK_D)
     v_tile = load_rows(place(v, batch, first_key, head // group), v, j, exists, WIDTH, BLOCK_D)
-    sums, known = row_statistics(lse, delta, batch, first, head, i, counts)
+    sums = row_sums(lse, batch, first, head, i, counts)
+    known = row_delta(delta, batch, first, head, i, counts)
     _, dlogit, _ = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
                                  batch * heads + head, batch, head, keys, keys - queries, t, TRANSPOSED, BLOCK, BLOCK,
                                  ACC)  # fmt: skip
@@ -99,7 +100,7 @@ def relative_kernel(q, k, v, dout, lse, delta, grad, t, heads, group, columns, m
             distance = away if OF_KEYS else -away
             at = distance + max_key - 1
             known = tl.load(t.index + at, mask=(at >= 0) & (at < max_query + max_key - 1), other=-1)
-            into = known[:, None] == column[None, :]
+            into = tl.where(known[:, None] == column[None, :], 1.0, 0.0)
             part = tl.where(wrapped == (turn == 1), skewed, 0.0).to(q.ptr.dtype.element_ty)
             total = dot_add(part, into.to(part.dtype), total)
     rows = own + tl.arange(0, BLOCK)
