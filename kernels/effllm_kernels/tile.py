@@ -238,7 +238,8 @@ def gradient_tile(q_tile, k_tile, v_tile, do_tile, lse, delta, i0, j0, rows_ok, 
         product, dp = dot(q_tile, tl.trans(k_tile), ACC), dot(do_tile, tl.trans(v_tile), ACC)
     s, slope = logits(product, batch, head, rows, columns, ok, keys, offset, t)
     visible = in_window(ok, rows, columns, offset, t)
-    p = tl.where(visible, tl.exp2(s * unit_of(t, ACC) - lse * tl.full((), LOG2E, ACC)), 0.0)
+    power = s * unit_of(t, ACC) - lse * tl.full((), LOG2E, ACC)
+    p = tl.exp2(tl.where(visible, power, float("-inf")))  # masked first: with a very negative lse it would overflow
     dropped = p
     if t.seed is not None:
         keep = kept(t, head_number, i0, j0, BLOCK_M, BLOCK_N)

@@ -53,12 +53,12 @@ def output_gradient(given: dict, seed: int = 1) -> torch.Tensor:
 def assert_as_exact_as_torch(got: dict, torchs: dict, true: dict, factor: float = 2.0) -> None:
     """FlashAttention-3's rule: at most twice PyTorch's own error in this dtype, plus two roundings of the result.
 
-    Four float32 roundings of numbers of order one are added, for gradients that cancel to zero.
+    Sixteen float32 roundings of numbers of order one are added, for gradients that cancel to zero.
     """
     for name, want in true.items():
         assert torch.isfinite(got[name]).all(), name
         rounded = want.to(got[name].dtype)
         rounding = (rounded + 0.3 - 0.3 - rounded).abs().max().item()
         error = (got[name].double() - want).abs().max().item()
-        allowed = factor * (torchs[name].double() - want).abs().max().item() + 2 * rounding + 4 * EPSILON
+        allowed = factor * (torchs[name].double() - want).abs().max().item() + 2 * rounding + 16 * EPSILON
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

@@ -13,7 +13,7 @@ from oracle import assert_as_exact_as_torch, exact, leaves, output_gradient, pla
 
 CASES = KERNELS["attention"].cases
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-QUICK = {"everything", "window", "deberta"}
+QUICK = {"grouped", "deberta"}
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -29,7 +29,7 @@ def test_half_precision(case, device):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in QUICK], ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_the_other_precisions(case, dtype, device):
     check(case, DTYPES[dtype], device)
 
@@ -86,7 +86,7 @@ def test_the_reference_is_the_mathematics(case):
             torch.testing.assert_close(grad, want[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["grouped", "deberta", "everything"])
+@pytest.mark.parametrize("name", ["grouped", "bias"])
 def test_the_kernels_in_float64_are_the_reference(name, device):
     if device == "cuda":
         pytest.skip("float64 runs on the CPU")
@@ -94,13 +94,13 @@ def test_the_kernels_in_float64_are_the_reference(name, device):
     dout = output_gradient(given)
     want = results(plain, given, dout)
     for part, value in results(attention, given, dout).items():
-        torch.testing.assert_close(value, want[part], rtol=0, atol=2e-10)  # tanh is good to 5e-11
+        torch.testing.assert_close(value, want[part], rtol=0, atol=1e-12)
 
 
 def test_gradcheck(device):
     if device == "cuda":
         pytest.skip("float64 runs on the CPU")
-    case = Case("g", batch=1, queries=3, keys=4, heads=2, width=2, key_heads=1, terms=("bias", "c2p", "p2c", "softcap"))
+    case = Case("g", batch=1, queries=3, keys=4, heads=1, width=2, terms=("bias", "c2p", "p2c", "softcap"))
     given = case.inputs(torch.float64)
     own = leaves(given)
 

@@ -36,7 +36,7 @@ def test_a_mask_equals_leaving_the_padding_out(kind, dtype, device):
         assert not out[n, ~mask[n]].any()
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("by", ["lengths", "mask"])
 def test_poison_in_padded_places_changes_no_bit(poison, by, device):
     given, dout = tensors(device, torch.float32), None
