@@ -135,7 +135,12 @@ def _pattern(function: Callable[..., Any]) -> Pattern | None:
 
 
 def _captured(function: Callable[..., Any], maker: Callable[..., Any]) -> dict[str, Any]:
-    """Return the variables that an inner function of `maker` holds, none when it is not one."""
+    """Return the variables that an inner function of `maker` holds, none when it is not one.
+
+    torch.compile cannot look into closures: there windows and packed positions become masks.
+    """
+    if torch.compiler.is_compiling():
+        return {}
     code = getattr(function, "__code__", None)
     if code not in maker.__code__.co_consts:
         return {}
@@ -219,5 +224,7 @@ def _mask_and_bias(
         return Mask(left=side, right=0 if causal else side), position_bias
     if given.dim() != 4:
         raise ValueError(f"a mask given by hand must be (B, 1 or H, S_q, S_k), got {tuple(given.shape)}")
-    bias = torch.zeros_like(given, dtype=q.dtype).masked_fill(~given, float("-inf")) if given.dtype == torch.bool else given
+    bias = given
+    if given.dtype == torch.bool:
+        bias = torch.zeros_like(given, dtype=q.dtype).masked_fill(~given, float("-inf"))
     return Mask(), bias if position_bias is None else position_bias + bias
