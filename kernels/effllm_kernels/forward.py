@@ -1,7 +1,7 @@
 """The forward kernel of attention.
 
-One program computes BLOCK_M rows of one head. Keys come in blocks of BLOCK_N with a running maximum and sum (Milakov and
-Gimelshein 2018; Dao et al. 2022, algorithm 1); when all keys of every sequence fit in one block (SINGLE), there is
+One program computes BLOCK_M rows of one head. Keys come in blocks of BLOCK_N with a running maximum and sum (Milakov
+and Gimelshein 2018; Dao et al. 2022, algorithm 1); when all keys of every sequence fit in one block (SINGLE), there is
 nothing to run and the softmax is the plain one, with the same bits. Blocks that lie past the sequence's length or
 outside its window are never visited.
 """
@@ -11,7 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import LN2, dot, dot_add, extent, flags, in_window, kept, load_rows, logits, place, store_rows, unit_of, unless_pruned
+from .tile import (
+    LN2,
+    dot,
+    dot_add,
+    extent,
+    flags,
+    in_window,
+    kept,
+    load_rows,
+    logits,
+    place,
+    store_rows,
+    unit_of,
+    unless_pruned,
+)
 
 
 @triton.jit
@@ -99,7 +113,7 @@ def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_ke
         v_ptr = place(v, batch, first_key, head // group)
         q_tile = load_rows(place(q, batch, first, head), q, i, counts, WIDTH, BLOCK_D)
         if SINGLE:
-            p, top, safe, key, exists = probabilities(
+            p, top, _safe, key, exists = probabilities(
                 q_tile, k, k_ptr, i, i0, 0, valid, batch, head, queries, keys, offset, t, top, True, BLOCK_N, WIDTH,
                 BLOCK_D, ACC)  # fmt: skip
             total = tl.sum(p, 1)

@@ -18,7 +18,9 @@ def packed(device: str, tail: int = 0, dtype=torch.float16) -> tuple[dict[str, t
     return {name: x[0] for name, x in given.items()}, starts.int()
 
 
-@pytest.mark.parametrize("settings", [{}, {"causal": True}, {"window_size": (4, 2)}], ids=lambda s: "-".join(s) or "full")
+@pytest.mark.parametrize(
+    "settings", [{}, {"causal": True}, {"window_size": (4, 2)}], ids=lambda s: "-".join(s) or "full"
+)
 def test_packed_sequences_equal_each_one_alone(settings, device):
     given, starts = packed(device)
     dout = output_gradient(given)
