@@ -100,6 +100,15 @@ def test_any_strides_and_offsets(device):
         assert all(torch.equal(grad, want[f"d{name}"]) for name, grad in zip(own, grads, strict=True))
 
 
+def test_offsets_beyond_two_to_the_31(device):
+    """Ten rows that lie 2^28 elements apart; untouched memory between them is never mapped."""
+    given = Case("o", batch=1, queries=10, keys=10, heads=1, width=16).inputs(torch.float16, device)
+    memory = torch.empty(9 * 2**28 + 16, dtype=torch.float16, device=device)
+    far = memory.as_strided((1, 10, 1, 16), (0, 2**28, 16, 1))
+    far.copy_(given["k"])
+    assert torch.equal(attention(given["q"], far, given["v"]), attention(**given))
+
+
 def test_an_expanded_output_gradient(device):
     given = Case("e", batch=2, queries=20, keys=20, heads=2, width=16).inputs(torch.float32, device)
     own = leaves(given)
