@@ -119,7 +119,7 @@ def main() -> None:
             print(
                 f"{system:45}", "  ".join(f"{metric} {value:.0f}" for metric, (value, _) in found.items()), flush=True
             )
-            write_rows(RESULTS, rows)
+    write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":
