@@ -22,7 +22,6 @@ import triton
 from effllm_kernels import launch
 from effllm_kernels.fused_attention import attention_terms
 from effllm_kernels.record import Case
-from effllm_kernels.terms import Terms
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -58,12 +57,15 @@ class NoDevice:
     """Stands for a Hopper GPU towards Triton's compiler; nothing can be launched on it."""
 
     def get_current_device(self) -> int:
+        """Return the number of the only device."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
+        """Return a stream that is never used."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
+        """Return what to compile for."""
         return TARGET
 
 
@@ -111,9 +113,13 @@ def main() -> None:
             system = f"{call.kernel.__name__} {case.name} d{case.width} {str(dtype).removeprefix('torch.')}"
             sizes = {name: value for name, value in call.options.items() if isinstance(value, int)}
             found = inspect(call)
-            rows += [Row(metric, value, unit, system, how=sizes, machine=where) for metric, (value, unit) in found.items()]
-            print(f"{system:45}", "  ".join(f"{metric} {value:.0f}" for metric, (value, _) in found.items()), flush=True)
-            write_rows(RESULTS, rows)
+            rows += [
+                Row(metric, value, unit, system, how=sizes, machine=where) for metric, (value, unit) in found.items()
+            ]
+            print(
+                f"{system:45}", "  ".join(f"{metric} {value:.0f}" for metric, (value, _) in found.items()), flush=True
+            )
+    write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -118,12 +118,13 @@ def key_kernel(q, k, v, dout, lse, delta, dk, dv, t, blocks, heads, group, max_q
                 do_tile = load_rows(place(dout, batch, first, head), dout, i, counts, WIDTH, BLOCK_D)
                 sums = row_sums(lse, batch, first, head, i, counts)
                 known = row_delta(delta, batch, first, head, i, counts)
-                p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
-                                               batch * heads + head, batch, head, keys, offset, t, True, BLOCK_M,
-                                               BLOCK_N, ACC)  # fmt: skip
+                p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts,
+                                                     exists, batch * heads + head, batch, head, keys, offset, t, True,
+                                                     BLOCK_M, BLOCK_N, ACC)  # fmt: skip
                 v_total = dot_add(p.to(do_tile.dtype), do_tile, v_total)
                 k_total = dot_add(dproduct.to(q_tile.dtype), q_tile, k_total)
-    store_rows(place(dk, batch, first_key, key_head), dk, j, j < keys, k_total * tl.full((), t.scale, ACC), WIDTH, BLOCK_D)
+    scaled = k_total * tl.full((), t.scale, ACC)
+    store_rows(place(dk, batch, first_key, key_head), dk, j, j < keys, scaled, WIDTH, BLOCK_D)
     store_rows(place(dv, batch, first_key, key_head), dv, j, j < keys, v_total, WIDTH, BLOCK_D)
 
 

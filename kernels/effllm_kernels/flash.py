@@ -129,17 +129,25 @@ def _packed_terms(
     if query_starts.shape != key_starts.shape:
         raise ValueError(f"cu_seqlens must have one shape, got {query_starts.shape} and {key_starts.shape}")
     left, right = (UNLIMITED if side < 0 else side for side in window_size)
-    absent = dict.fromkeys(Terms._fields[2:12])
-    return Terms(**absent | {
-        "query_starts": query_starts,
-        "key_starts": key_starts,
-        "alibi_slopes": alibi_slopes,
-        "seed": seed_tensor(None, dropout_p, q.device),
-        "max_query": max_query,
-        "max_key": max_key,
-        "left": left,
-        "right": 0 if causal else right,
-        "dropout": float(dropout_p),
-        "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else positive("softmax_scale", scale),
-        "softcap": positive("softcap", softcap) if softcap else 0.0,
-    })  # fmt: skip
+    return Terms(
+        query_starts=query_starts,
+        key_starts=key_starts,
+        query_lengths=None,
+        key_lengths=None,
+        query_mask=None,
+        key_mask=None,
+        heads=None,
+        bias=None,
+        alibi_slopes=alibi_slopes,
+        c2p=None,
+        p2c=None,
+        relative_index=None,
+        seed=seed_tensor(None, dropout_p, q.device),
+        max_query=max_query,
+        max_key=max_key,
+        left=left,
+        right=0 if causal else right,
+        dropout=float(dropout_p),
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else positive("softmax_scale", scale),
+        softcap=positive("softcap", softcap) if softcap else 0.0,
+    )

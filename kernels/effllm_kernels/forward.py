@@ -1,7 +1,7 @@
 """The forward kernel of attention.
 
-One program computes BLOCK_M rows of one head. Keys come in blocks of BLOCK_N with a running maximum and sum (Milakov and
-Gimelshein 2018; Dao et al. 2022, algorithm 1); when all keys of every sequence fit in one block (SINGLE), there is
+One program computes BLOCK_M rows of one head. Keys come in blocks of BLOCK_N with a running maximum and sum (Milakov
+and Gimelshein 2018; Dao et al. 2022, algorithm 1); when all keys of every sequence fit in one block (SINGLE), there is
 nothing to run and the softmax is the plain one, with the same bits. Blocks that lie past the sequence's length or
 outside its window are never visited.
 """
@@ -11,7 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import LN2, dot, dot_add, extent, flags, in_window, kept, load_rows, logits, place, store_rows, unit_of, unless_pruned
+from .tile import (
+    LN2,
+    dot,
+    dot_add,
+    extent,
+    flags,
+    in_window,
+    kept,
+    load_rows,
+    logits,
+    place,
+    store_rows,
+    unit_of,
+    unless_pruned,
+)
 
 
 @triton.jit
@@ -32,7 +46,7 @@ def key_blocks(t, i0, offset, valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def probabilities(q_tile, k, k_ptr, i, i0, j0, valid, batch, head, queries, keys, offset, t, top, MASKED: tl.constexpr,
+def probabilities(q_tile, k, k_ptr, i, i0, j0, valid, batch, head, counts, keys, offset, t, top, MASKED: tl.constexpr,
                   BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Return exp2(logits - maximum) of a tile, the new maximum, and which of the tile's keys exist."""
     key = j0 + tl.arange(0, BLOCK_N)
@@ -43,7 +57,7 @@ def probabilities(q_tile, k, k_ptr, i, i0, j0, valid, batch, head, queries, keys
     product = dot(q_tile, tl.trans(k_tile), ACC)
     rows = i[:, None]
     columns = key[None, :]
-    ok = exists[None, :] & (rows < queries)
+    ok = exists[None, :] & counts[:, None]
     s, _ = logits(product, batch, head, rows, columns, ok, keys, offset, t)
     if MASKED:
         s = tl.where(in_window(exists[None, :], rows, columns, offset, t), s, float("-inf"))
@@ -54,14 +68,14 @@ def probabilities(q_tile, k, k_ptr, i, i0, j0, valid, batch, head, queries, keys
 
 
 @triton.jit
-def attend(state, q_tile, k, v, k_ptr, v_ptr, i, i0, low, high, valid, batch, head, heads, queries, keys, offset, t,
+def attend(state, q_tile, k, v, k_ptr, v_ptr, i, i0, low, high, valid, batch, head, heads, counts, keys, offset, t,
            MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
            BLOCK_D: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Take the keys [low, high) into the running (values, sum, maximum)."""
     values, total, top = state
     for j0 in range(low, high, BLOCK_N):
         p, highest, safe, key, exists = probabilities(
-            q_tile, k, k_ptr, i, i0, j0, valid, batch, head, queries, keys, offset, t, top, MASKED, BLOCK_N, WIDTH,
+            q_tile, k, k_ptr, i, i0, j0, valid, batch, head, counts, keys, offset, t, top, MASKED, BLOCK_N, WIDTH,
             BLOCK_D, ACC)  # fmt: skip
         decay = tl.exp2(top - safe)
         total = total * decay + tl.sum(p, 1)
@@ -99,8 +113,8 @@ def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_ke
         v_ptr = place(v, batch, first_key, head // group)
         q_tile = load_rows(place(q, batch, first, head), q, i, counts, WIDTH, BLOCK_D)
         if SINGLE:
-            p, top, safe, key, exists = probabilities(
-                q_tile, k, k_ptr, i, i0, 0, valid, batch, head, queries, keys, offset, t, top, True, BLOCK_N, WIDTH,
+            p, top, _safe, key, exists = probabilities(
+                q_tile, k, k_ptr, i, i0, 0, valid, batch, head, counts, keys, offset, t, top, True, BLOCK_N, WIDTH,
                 BLOCK_D, ACC)  # fmt: skip
             total = tl.sum(p, 1)
             if t.seed is not None:
@@ -109,9 +123,9 @@ def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_ke
             values = dot(p.to(v_tile.dtype), v_tile, ACC)
         else:
             state = attend((values, total, top), q_tile, k, v, k_ptr, v_ptr, i, i0, low, full, valid, batch, head,
-                           heads, queries, keys, offset, t, False, BLOCK_M, BLOCK_N, WIDTH, BLOCK_D, ACC)  # fmt: skip
+                           heads, counts, keys, offset, t, False, BLOCK_M, BLOCK_N, WIDTH, BLOCK_D, ACC)  # fmt: skip
             values, total, top = attend(state, q_tile, k, v, k_ptr, v_ptr, i, i0, full, high, valid, batch, head,
-                                        heads, queries, keys, offset, t, True, BLOCK_M, BLOCK_N, WIDTH, BLOCK_D,
+                                        heads, counts, keys, offset, t, True, BLOCK_M, BLOCK_N, WIDTH, BLOCK_D,
                                         ACC)  # fmt: skip
 
     safe_total = tl.where(total == 0.0, 1.0, total)

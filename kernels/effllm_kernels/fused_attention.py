@@ -1,7 +1,7 @@
 """Attention for encoders: softmax(scale · q kᵀ + terms) v over padded or packed sequences, forward and backward.
 
-Work, per sequence and head with S_q rows, S_k keys and width D: forward 4 · S_q · S_k · D operations, backward 2.5 times
-that (five products instead of two). Memory, forward: q, k, v read once and out written once, (2 S_q + 2 S_k) · D
+Work, per sequence and head with S_q rows, S_k keys and width D: forward 4 · S_q · S_k · D operations, backward 2.5
+times that (five products instead of two). Memory, forward: q, k, v read once and out written once, (2 S_q + 2 S_k) · D
 elements, and S_q sums; backward: q, k, v, out, dout read and dq, dk, dv written. Nothing of size S_q × S_k exists.
 
 Kernels: `forward.py`, `backward.py`, `term_gradients.py`; launcher: `launch.py`; operators and autograd:
@@ -51,8 +51,8 @@ def attention(
 ) -> Any:
     """Return softmax(logits) v as (B, S_q, H, D) in q's dtype, and with `return_lse` also its log-sum-exp (B, H, S_q).
 
-    q is (B, S_q, H, D), k and v are (B, S_k, H_k, D) with H a multiple of H_k; any strides. Products and sums are kept in
-    float32 (float64 for float64, which only the CPU runs). Differentiable in q, k, v, bias, relative_bias, c2p, p2c.
+    q is (B, S_q, H, D), k and v are (B, S_k, H_k, D) with H a multiple of H_k; any strides. Products and sums are kept
+    in float32 (float64 for float64, which only the CPU runs). Differentiable in q, k, v, bias, relative_bias, c2p, p2c.
 
     Which keys a row sees: those before `key_lengths` (B,) and where `key_mask` (B, S_k) is true; with `window` w those
     with |i - j| <= w, both ends included (ModernBERT's local attention is 64), or with a pair (left, right), None for
@@ -71,7 +71,8 @@ def attention(
 
     Dropout is a function of (seed, batch, head, i, j) alone, its rate a multiple of 1/65536. `seed` is a number or a
     (1,) int64 tensor; without it one is drawn from torch's generator. Sums have a fixed order: equal inputs give equal
-    bits, and a sequence's bits do not depend on the others in its batch.
+    bits, and a sequence's output does not depend, to the bit, on the others in its batch; nor do its gradients, except
+    that keys that all fit in one tile (128 at width 64 in half precision) take a shorter path.
 
     Raises ValueError naming the argument that does not fit.
     """

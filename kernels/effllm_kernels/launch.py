@@ -132,8 +132,8 @@ def backward_calls(
     dsums = None if dlse is None else _sums_view(dlse)
     dq, dk, dv = (_view(grad) for grad in grads)
     if terms.max_key <= tile.keys:
-        args = (*inputs, _view(out), _view(dout), sums, dsums, known, dq, dk, dv, own, *sizes)
-        return [Call(whole_kernel, batch * heads // group, args, options)]
+        whole = (*inputs, _view(out), _view(dout), sums, dsums, known, dq, dk, dv, own, *sizes)
+        return [Call(whole_kernel, batch * heads // group, whole, options)]
     row_blocks, key_blocks = triton.cdiv(terms.max_query, tile.rows), triton.cdiv(terms.max_key, tile.keys)
     rows = (*inputs, _view(out), _view(dout), sums, dsums, known, dq, own, row_blocks, *sizes)
     keys = (*inputs, _view(dout), sums, known, dk, dv, own, key_blocks, *sizes)
@@ -162,9 +162,9 @@ def term_calls(
         if grad is not None:
             columns = min(64, max(16, triton.next_power_of_2(grad.shape[3])))
             programs = triton.cdiv(grad.shape[1], size) * triton.cdiv(grad.shape[3], columns) * heads * batch
-            args = (*inputs, _view(grad), own, heads, group, grad.shape[3], *ends)
+            relative = (*inputs, _view(grad), own, heads, group, grad.shape[3], *ends)
             more = {"OF_KEYS": of_keys, "COLUMNS": columns}
-            calls.append(Call(relative_kernel, programs, args, options | more))
+            calls.append(Call(relative_kernel, programs, relative, options | more))
     return calls
 
 

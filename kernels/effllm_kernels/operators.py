@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 was set before the import.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,7 +70,9 @@ def _attention_backward(
     *terms: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     own = Terms(*terms)
-    wanted = [x if x is not None and need else None for x, need in zip((own.bias, own.c2p, own.p2c), needs, strict=True)]
+    wanted = [
+        x if x is not None and need else None for x, need in zip((own.bias, own.c2p, own.p2c), needs, strict=True)
+    ]
     if runs_kernels(q):
         make = torch.zeros if own.packed else torch.empty
         dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -94,15 +97,14 @@ def _attention_backward_shapes(
 def _packed_attention_backward(
     dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, *terms: Any
 ) -> Tensor:
-    own, inputs = Terms(*terms), qkv.unbind(-3)
-    dqkv = torch.zeros(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    grads = dqkv.unbind(-3)
+    own, (q, k, v) = Terms(*terms), qkv.unbind(-3)
     if runs_kernels(qkv):
-        launch.backward(dout, dlse, *inputs, out, lse, own, grads, None, None, None)
-    else:
-        for grad, value in zip(grads, reference.backward(dout, dlse, *inputs, out, lse, own), strict=False):
-            grad.copy_(value)
-    return dqkv
+        dqkv = torch.zeros(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        dq, dk, dv = dqkv.unbind(-3)
+        launch.backward(dout, dlse, q, k, v, out, lse, own, (dq, dk, dv), None, None, None)
+        return dqkv
+    dq, dk, dv, *_ = reference.backward(dout, dlse, q, k, v, out, lse, own)
+    return torch.stack([dq, dk, dv], dim=-3)
 
 
 def _packed_attention_backward_shapes(
@@ -152,7 +154,7 @@ def _packed_attention_gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | Non
 
 
 def _register() -> None:
-    implementations = {
+    implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "attention": (_attention, _attention_shapes),
         "attention_backward": (_attention_backward, _attention_backward_shapes),
         "packed_attention": (_packed_attention, _packed_attention_shapes),
@@ -162,7 +164,10 @@ def _register() -> None:
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, run, key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=LIBRARY)
-    for name, gradient, inputs in (("attention", _attention_gradient, 3), ("packed_attention", _packed_attention_gradient, 1)):
+    for name, gradient, inputs in (
+        ("attention", _attention_gradient, 3),
+        ("packed_attention", _packed_attention_gradient, 1),
+    ):
         torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=_save(inputs), lib=LIBRARY)
 
 

@@ -13,6 +13,8 @@ Memory is S × S: this says what is right, not how to be fast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,8 +46,7 @@ def backward(
             sums = None if dlse is None else dlse[None, :, rows]
             tensors = (q[None, rows], k[None, keys], v[None, keys], out[None, rows], lse[None, :, rows])
             parts = _dense_backward(dout[None, rows], sums, *tensors, one, number)
-            for grad, part, where in zip(grads, parts, (rows, keys, keys), strict=False):
-                grad[where] = part[0]
+            grads[0][rows], grads[1][keys], grads[2][keys] = (part[0] for part in parts[:3])
         return grads[0], grads[1], grads[2], None, None, None
     return _dense_backward(dout, dlse, q, k, v, out, lse, terms, 0)
 
@@ -74,7 +75,7 @@ def aligned_distance(q: Tensor, k: Tensor) -> Tensor:
     return i + k.shape[1] - q.shape[1] - torch.arange(k.shape[1], device=q.device)
 
 
-def dropout_mask(seed: Tensor, threshold: int, first: int, shape: tuple[int, int, int, int]) -> Tensor:
+def dropout_mask(seed: Tensor, threshold: int, first: int, shape: Sequence[int]) -> Tensor:
     """Return (B, H, S_q, S_k) bool, true where a probability is kept; `first` is the number of the first sequence.
 
     One Philox-4x32-7 draw (Salmon et al. 2011), keyed by the seed and counted by (j div 8, i, sequence · H + head, 0),
@@ -170,13 +171,21 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, terms: Terms, first: int) -> tuple[T
     lse = z.logsumexp(-1)
     p = torch.exp(z - torch.where(lse == float("-inf"), 0, lse)[..., None])
     if terms.seed is not None:
-        kept = dropout_mask(terms.seed, terms.threshold, first, tuple(p.shape))
+        kept = dropout_mask(terms.seed, terms.threshold, first, p.shape)
         p = torch.where(kept, p / (1 - terms.threshold / 65536), 0)
     return (p @ values).transpose(1, 2).to(q.dtype).contiguous(), lse
 
 
 def _dense_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, terms: Terms, first: int
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    terms: Terms,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     rows, keys, values = _clean_all(q, k, v, terms)
     counts = _counting(q, terms.query_lengths, terms.query_mask)
@@ -187,7 +196,7 @@ def _dense_backward(
     delta = (do * o).sum(-1) if dlse is None else (do * o).sum(-1) - dlse
     dp, dropped = do @ values.mT, p
     if terms.seed is not None:
-        kept = dropout_mask(terms.seed, terms.threshold, first, tuple(p.shape)).to(p.dtype) / (1 - terms.threshold / 65536)
+        kept = dropout_mask(terms.seed, terms.threshold, first, p.shape).to(p.dtype) / (1 - terms.threshold / 65536)
         dp, dropped = dp * kept, p * kept
     dz = torch.where(seen, p * (dp - delta[..., None]), 0)
     ds = dz * slope * terms.scale

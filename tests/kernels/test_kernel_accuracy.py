@@ -62,7 +62,9 @@ def test_small_and_odd_lengths(queries, keys, device):
 @pytest.mark.parametrize("keys", [128, 257, 513])
 def test_more_lengths(queries, keys, device):
     for terms in ((), ("causal",), ("window", "lengths")):
-        check(Case("length", batch=2, queries=queries, keys=keys, heads=2, width=32, terms=terms), torch.bfloat16, device)
+        check(
+            Case("length", batch=2, queries=queries, keys=keys, heads=2, width=32, terms=terms), torch.bfloat16, device
+        )
 
 
 def test_several_blocks_of_rows_and_keys_with_every_term(device):

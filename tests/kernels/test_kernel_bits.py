@@ -1,4 +1,4 @@
-"""Equal inputs give equal bits; a sequence's bits depend on nothing but the sequence; dropout on nothing but its seed."""
+"""Equal inputs give equal bits, whatever else is in the batch; dropout depends on nothing but its seed."""
 
 from __future__ import annotations
 

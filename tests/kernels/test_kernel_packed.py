@@ -18,7 +18,9 @@ def packed(device: str, tail: int = 0, dtype=torch.float16) -> tuple[dict[str, t
     return {name: x[0] for name, x in given.items()}, starts.int()
 
 
-@pytest.mark.parametrize("settings", [{}, {"causal": True}, {"window_size": (4, 2)}], ids=lambda s: "-".join(s) or "full")
+@pytest.mark.parametrize(
+    "settings", [{}, {"causal": True}, {"window_size": (4, 2)}], ids=lambda s: "-".join(s) or "full"
+)
 def test_packed_sequences_equal_each_one_alone(settings, device):
     given, starts = packed(device)
     dout = output_gradient(given)
@@ -96,6 +98,15 @@ def test_any_strides_and_offsets(device):
         grads = torch.autograd.grad(out, list(own.values()), strided)
         assert torch.equal(out, want["out"])
         assert all(torch.equal(grad, want[f"d{name}"]) for name, grad in zip(own, grads, strict=True))
+
+
+def test_offsets_beyond_two_to_the_31(device):
+    """Ten rows that lie 2^28 elements apart; untouched memory between them is never mapped."""
+    given = Case("o", batch=1, queries=10, keys=10, heads=1, width=16).inputs(torch.float16, device)
+    memory = torch.empty(9 * 2**28 + 16, dtype=torch.float16, device=device)
+    far = memory.as_strided((1, 10, 1, 16), (0, 2**28, 16, 1))
+    far.copy_(given["k"])
+    assert torch.equal(attention(given["q"], far, given["v"]), attention(**given))
 
 
 def test_an_expanded_output_gradient(device):

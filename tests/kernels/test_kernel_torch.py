@@ -80,6 +80,14 @@ def test_exported_and_run(device):
     assert torch.equal(exported.module()(*inputs(23)), Layer()(*inputs(23)))
 
 
+def test_work_and_memory_of_a_case():
+    kernel = KERNELS["attention"]
+    case = Case("w", batch=2, queries=3, keys=5, heads=4, key_heads=2, width=8)
+    assert kernel.flops(case) == 2 * 4 * (3 * 5 * 8 * 2 + 3 * 5 * 8 * 2)
+    assert kernel.bytes(case, torch.float16) == 2 * (2 * 3 * 4 * 8 + 2 * 5 * 2 * 8) * 2 + 2 * 3 * 4 * 4
+    assert len({case.name for case in kernel.cases}) == len(kernel.cases)
+
+
 def test_without_triton_the_reference_runs():
     code = (
         "import sys; sys.modules['triton'] = None\n"
