@@ -18,6 +18,7 @@ from effllm.data.store import TokenStore
 from effllm.data.vocabulary import Vocabulary
 from effllm.rows import Row
 from effllm.settings import to_json
+from effllm.train.attention import implementation
 from effllm.train.loop import MicroBatch, StepRecord, to_tensors
 from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
@@ -94,7 +95,7 @@ def pretrain(
     checkpoint = open_run(target, identity, accelerator, resume=resume, force=force)
     if checkpoint:
         model = build_model(str(checkpoint[0].path), vocabulary, settings.max_length, settings.objective, settings.seed)
-    step = {"verb": "pretrain", "settings": to_json(settings)}
+    step = {"verb": "pretrain", "settings": to_json(settings), "attention": implementation()}
     run = Run(
         folder=target,
         module=MaskedLanguageModel(model, settings.objective),

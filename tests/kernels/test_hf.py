@@ -63,7 +63,7 @@ def build(name: str, implementation: str, device: str, **changes) -> torch.nn.Mo
     built = model._from_config(config(**(settings | changes)), attn_implementation=implementation)
     for parameter in built.parameters():  # transformers' 0.02 would make attention uniform and differences invisible
         if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.15 if name.startswith("t5") else 0.3)  # T5 scales no product
     return built.to(device).eval()
 
 
@@ -177,7 +177,8 @@ def test_decodes_with_a_static_cache(device: str) -> None:
 
 @pytest.mark.parametrize(("name", "half"), [("modernbert", 3), ("mistral", 3)])
 def test_the_window_ends_where_transformers_says(name: str, half: int, device: str) -> None:
-    model = build(name, "effllm", device, num_hidden_layers=1, **({"layer_types": ["sliding_attention"]} if name == "modernbert" else {}))
+    local = {"layer_types": ["sliding_attention"]} if name == "modernbert" else {}
+    model = build(name, "effllm", device, num_hidden_layers=1, **local)
     ids = tokens(device, 1)
     base = model(input_ids=ids).last_hidden_state[0]
     changed = ids.clone()
@@ -204,7 +205,7 @@ def test_checkpointed_gradients_are_the_same(device: str) -> None:
     for checkpointing in (False, True):
         model = build("bert", "effllm", device, attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.0).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable()
         torch.manual_seed(3)
         found.append(run(model, mask, input_ids=tokens(device), attention_mask=mask)[1])
     for name, gradient in found[0].items():
