@@ -119,7 +119,7 @@ def rooflines(scale: Scale) -> Iterator[Row]:
     size, side = (1 << 30, 8192) if scale.gpu else (1 << 16, 64)
     source, target = (torch.empty(size, dtype=torch.uint8, device=scale.device) for _ in range(2))
     values = timed([lambda: target.copy_(source)], scale)
-    yield row("copy", "GB/s", "machine", values, {"bytes": size}, 2 * size / 1e3)
+    yield row("copy", "GB/s", "machine", values, {"bytes": size}, 2 * size / 1e3)  # read and written
     a, b = (torch.randn(side, side, device=scale.device, dtype=torch.bfloat16) for _ in range(2))
     yield row("bf16 product", "TFLOP/s", "machine", timed([lambda: a @ b], scale), {"side": side}, 2 * side**3 / 1e6)
 
@@ -216,21 +216,23 @@ def padded(scale: Scale) -> Iterator[Row]:
         how = {"batch": batch, "length": length, "heads": heads, "width": width, "fill": 0.5}
         flops = 4.0 * heads * width * float(lengths.double().square().sum())
         yield from compare(scale, "padded forward", calls, sets, how, flops)
-        calls.pop(FLEX) if not scale.gpu else None
+        if not scale.gpu:
+            calls.pop(FLEX)
         yield from compare(scale, "padded forward + backward", calls, sets, how, 3.5 * flops, backward=True)
 
 
 def transformers_padded(real: Tensor) -> Call:
     """Return what transformers does with flash attention and padding: gather, packed attention, scatter.
 
-    The packed attention is PyTorch's own FlashAttention, since flash_attn is not on the package index as a wheel.
+    The packed attention is PyTorch's own FlashAttention; the package flash_attn has to be compiled.
     """
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (needs a GPU)
     from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input  # noqa: PLC0415
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _ = bool(real.all())  # transformers asks this first, and waits for the answer
-        (rows, places, starts, longest, *_), keys, values = _unpad_input(q, real), *(_unpad_input(x, real)[0] for x in (k, v))
+        rows, places, starts, longest, *_ = _unpad_input(q, real)
+        keys, values = (_unpad_input(x, real)[0] for x in (k, v))
         out = varlen_attn(rows, keys, values, starts, starts, longest, longest)
         return _pad_input(out, places, *q.shape[:2])
 

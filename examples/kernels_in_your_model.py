@@ -56,7 +56,7 @@ def in_a_module(device: str) -> None:
     for module in (before, after):
         out = module(x, lengths) * real
         out.square().sum().backward()
-        found.append((out, *(parameter.grad for parameter in module.parameters())))
+        found.append((out.detach(), *(parameter.grad for parameter in module.parameters())))
     apart = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
     print(f"module: largest difference {apart:.4f}, no mask of 16 × 16 made")
 
