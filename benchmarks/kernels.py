@@ -7,8 +7,8 @@
 Measures the machine first (copy, bfloat16 product), then: forward and forward + backward over S, padded batches at 50 %
 fill, a window of ±64, short sequences under CUDA graphs, host time a call, and whole BERT-base and ModernBERT-base
 forwards on lengths drawn as texts have them. Baselines are named SDPA backends, compiled FlexAttention and transformers'
-padded path. Each time is a median over rotated inputs, larger together than the cache; a baseline that refuses a case has
-no row. Random weights and inputs: it measures time only. Writes `results/kernels.jsonl`.
+padded path. Each time is a median over rotated inputs, together larger than the cache; a baseline that refuses a case
+has no row. Random weights and inputs: it measures time only. Writes `results/kernels.jsonl`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def timed(calls: list[Callable[[], Any]], scale: Scale) -> list[float]:
     return found
 
 
-def row(metric: str, unit: str, system: str, values: list[float], how: dict[str, Any], rate: float | None = None) -> Row:
+def row(
+    metric: str, unit: str, system: str, values: list[float], how: dict[str, Any], rate: float | None = None
+) -> Row:
     """Return a median as a row: of times in µs, or with `rate` of rate / time."""
     numbers = values if rate is None else [rate / value for value in values]
     median, low, high = median_interval(numbers)

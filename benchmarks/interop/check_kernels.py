@@ -20,6 +20,7 @@ os.environ |= {"LOCAL_KERNELS": f"{NAME}={LAYOUT}", "HF_HUB_OFFLINE": "1"}
 
 import torch  # noqa: E402 (the environment is read when they are imported)
 import transformers  # noqa: E402
+
 from kernels import get_kernel, get_local_kernel  # noqa: E402
 
 

@@ -6,8 +6,8 @@ only for patterns that these cannot say, and then added as a bias. Needs the pac
 effllm_kernels imports.
 
 What differs from eager attention: an encoder's padded rows are not computed and give zeros, and so does a row that sees
-no key, where eager averages over what is masked. No weights are returned. Models that do not use transformers' attention
-interface (DeBERTa-v2, MPNet) take the name and keep their own attention.
+no key, where eager averages over what is masked. No weights are returned. Models that do not use the interface
+(DeBERTa-v2, MPNet) take the name and keep their own attention.
 """
 
 from __future__ import annotations
@@ -117,21 +117,32 @@ def _pattern(function: Callable[..., Any]) -> Pattern | None:
         return Pattern()
     if function is masks.causal_mask_function:
         return Pattern(right=0)
-    if found := _captured(function, masks.sliding_window_overlay):
-        return Pattern(left=found["sliding_window"] - 1)
-    if found := _captured(function, masks.sliding_window_bidirectional_overlay):
-        return Pattern(found["sliding_window"], found["sliding_window"])
-    if found := _captured(function, masks.packed_sequence_mask_function):
-        return Pattern(sequences=found["packed_sequence_mask"])
-    if found := _captured(function, masks.remap_positions_for_packed_sequence):
-        return _pattern(found["mask_function"])  # distances within a sequence stay
-    if found := _captured(function, masks.and_masks):
-        parts = [_pattern(part) for part in found["mask_functions"]]
-        known = [part for part in parts if part is not None]
-        left, right, sequences = ([x for x in column if x is not None] for column in zip(*known, strict=True))
-        if len(known) == len(parts) and len(sequences) <= 1:
-            return Pattern(min(left, default=None), min(right, default=None), sequences[0] if sequences else None)
+    for maker, read in PATTERNS.items():
+        if found := _captured(function, maker):
+            return read(**found)
     return None
+
+
+def _all(mask_functions: tuple[Callable[..., Any], ...]) -> Pattern | None:
+    """Return what holds where every one of the functions holds."""
+    known = [part for part in map(_pattern, mask_functions) if part is not None]
+    if len(known) < len(mask_functions):
+        return None
+    left, right, sequences = ([x for x in column if x is not None] for column in zip(*known, strict=True))
+    if len(sequences) > 1:
+        return None
+    return Pattern(min(left, default=None), min(right, default=None), sequences[0] if sequences else None)
+
+
+PATTERNS: dict[Callable[..., Any], Callable[..., Pattern | None]] = {
+    masks.sliding_window_overlay: lambda sliding_window: Pattern(left=sliding_window - 1),
+    masks.sliding_window_bidirectional_overlay: lambda sliding_window: Pattern(sliding_window, sliding_window),
+    masks.packed_sequence_mask_function: lambda packed_sequence_mask: Pattern(sequences=packed_sequence_mask),
+    # Positions count from each sequence's start: distances within it stay.
+    masks.remap_positions_for_packed_sequence: lambda mask_function, position_ids: _pattern(mask_function),
+    masks.and_masks: _all,
+}
+"""Maker of mask functions -> what one of its functions says, from the variables that it captured."""
 
 
 def _captured(function: Callable[..., Any], maker: Callable[..., Any]) -> dict[str, Any]:

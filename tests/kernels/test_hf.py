@@ -9,7 +9,6 @@ import torch
 import transformers
 from effllm_kernels import hf, operators
 
-
 SHAPE = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64,
@@ -47,7 +46,7 @@ PADDINGS = {
     "left": [[1] * 14, [0] * 5 + [1] * 9, [0] * 11 + [1] * 3],
     "an empty row": [[1] * 14, [0] * 14, [1] * 6 + [0] * 8],
 }
-# Eager works in the model's dtype and so do we: both are a few roundings of each layer's sums away from the exact value.
+# Both work in float32: each is a few roundings of every layer's sums away from the exact value.
 NEAR = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
 
 
@@ -159,7 +158,9 @@ def test_decodes_with_a_cache(name: str, device: str) -> None:
     whole = model(input_ids=ids, attention_mask=mask).last_hidden_state
     cache = transformers.DynamicCache(config=model.config)
     parts = [
-        model(input_ids=ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True).last_hidden_state
+        model(
+            input_ids=ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True
+        ).last_hidden_state
         for a, b in ((0, 8), (8, 12), (12, 13), (13, 14))
     ]
     NEAR(torch.cat(parts, dim=1)[mask == 1], whole[mask == 1])
