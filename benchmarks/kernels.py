@@ -6,7 +6,7 @@
 
 Measures the machine first (copy, bfloat16 product), then: forward and forward + backward over S, padded batches at 50 %
 fill, a window of ±64, short sequences under CUDA graphs, host time a call, and whole BERT-base and ModernBERT-base
-forwards on lengths drawn as texts have them. Baselines are named SDPA backends, compiled FlexAttention and transformers'
+forwards on lengths drawn as texts have them. Baselines: named SDPA backends, compiled FlexAttention and transformers'
 padded path. Each time is a median over rotated inputs, together larger than the cache; a baseline that refuses a case
 has no row. Random weights and inputs: it measures time only. Writes `results/kernels.jsonl`.
 """
@@ -133,7 +133,7 @@ def inputs(scale: Scale, batch: int, length: int, heads: int, width: int) -> lis
     dtype = torch.bfloat16 if scale.gpu else torch.float32
     shape = (3, batch, length, heads, width)
     made = [torch.randn(shape, device=scale.device, dtype=dtype) for _ in range(count)]
-    return [[x.detach().requires_grad_() for x in one.unbind()] for one in made]
+    return [list(one.unbind()) for one in made]
 
 
 def heads_first(call: Callable[..., Tensor], **settings: Any) -> Call:
@@ -169,6 +169,7 @@ def compare(
 ) -> Iterator[Row]:  # fmt: skip
     """Yield each call's rate, forward or forward and backward."""
     gradient = torch.randn_like(sets[0][0])
+    sets = [[x.detach().requires_grad_(backward) for x in one] for one in sets]
 
     def once(call: Call, tensors: list[Tensor]) -> None:
         if backward:
@@ -274,17 +275,16 @@ def short(scale: Scale) -> Iterator[Row]:
 
 def graphed(call: Call, tensors: list[Tensor], scale: Scale) -> Callable[[], Any]:
     """Return the replay of a captured call, the call itself on the CPU."""
-    fixed = [x.detach() for x in tensors]
     if not scale.gpu:
-        return lambda: call(*fixed)
+        return lambda: call(*tensors)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call(*fixed)
+        call(*tensors)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call(*fixed)
+        call(*tensors)
     return graph.replay
 
 
