@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "effllm"
+KERNELS = Path(__file__).parent.parent / "kernels" / "effllm_kernels"
 LEAVES = {"errors", "settings", "rows", "machine", "progress", "variant", "folder", "tasks", "hf"}
 NO_TORCH = {"runtime", "measure", "report", "data", "cli"} | LEAVES - {"hf"}
 # Each room of the house and the rooms it may import; every room may import the leaves.
@@ -88,6 +89,20 @@ def test_only_some_rooms_may_load_torch(path: Path) -> None:
         assert not heavy, f"{path.relative_to(PACKAGE)} imports {heavy}"
 
 
+def test_kernels_import_torch_triton_and_the_standard_library_only() -> None:
+    allowed = {"torch", "triton"} | set(sys.stdlib_module_names)
+    for path in KERNELS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                continue  # a model hub loads the package under another name, so its own modules are relative
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            optional = {"transformers"} if path.name == "hf.py" else set()
+            extra = {name.split(".")[0] for name in names} - allowed - optional
+            assert not extra, f"{path.name} imports {sorted(extra)}"
+    assert not (KERNELS.parent / "__init__.py").exists(), "it would shadow the package 'kernels' of transformers"
+
+
 def test_a_method_imports_no_other_method() -> None:
     from effllm.compression import METHODS
 
@@ -152,7 +167,7 @@ def test_every_method_is_a_frozen_dataclass_with_help_for_each_setting() -> None
 
 
 def test_files_and_functions_stay_readable() -> None:
-    for path in modules():
+    for path in [*modules(), *KERNELS.rglob("*.py")]:
         source = path.read_text(encoding="utf-8")
         assert len(source.splitlines()) <= 400, f"{path.name} is too long"
         for node in ast.walk(ast.parse(source)):

@@ -20,6 +20,16 @@ def test_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "similarity, dense and int8:" in capsys.readouterr().out
 
 
+def test_the_kernels_example_prints_what_it_promises(capsys: pytest.CaptureFixture[str]) -> None:
+    import kernels_in_your_model
+
+    kernels_in_your_model.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3
+    for line in printed:
+        assert f"    {line}\n" in kernels_in_your_model.__doc__
+
+
 @pytest.mark.slow
 def test_the_english_language_model_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     import language_model

@@ -5,12 +5,15 @@ acts on single tokens but for attention, which must not reach across sequences. 
 attention and a mask function under the name `effllm_packed`; a model loaded with that `attn_implementation` takes the
 sequences' places as the keyword `sequence_index`, made by `sequence_index`.
 
-PyTorch's scaled-dot-product attention runs on the sequences gathered to (n, S), S the longest: on the CPU, where the
-other layers dominate, this costs less than a mask of T × T. Transformers' own functions build that mask.
+On a GPU with effllm_kernels and triton installed, the packed row goes to its kernel as it is. Elsewhere PyTorch's
+scaled-dot-product attention runs on the sequences gathered to (n, S), S the longest: on the CPU, where the other layers
+dominate, this costs less than a mask of T × T. Transformers' own functions build that mask.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -24,6 +27,13 @@ def register() -> None:
     """Make `attn_implementation="effllm_packed"` known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(NAME, _packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@functools.cache
+def implementation() -> str:
+    """Return what computes the attention of a run on this machine, as its manifest records it."""
+    installed = all(importlib.util.find_spec(name) for name in ("effllm_kernels", "triton"))
+    return "effllm_kernels" if installed and torch.cuda.is_available() else "torch"
 
 
 def sequence_index(lengths: torch.Tensor) -> torch.Tensor:
@@ -95,6 +105,8 @@ def _packed_attention(
         raise ValueError(f"{NAME} takes one packed row with sequence_index and no attention_mask")
     n, width = sequence_index.shape
     real = sequence_index >= 0
+    if query.is_cuda and implementation() == "effllm_kernels":
+        return _in_kernels(query, key, value, real, dropout, scaling, sliding_window)[None], None
     # Sequences of one length need no padding: the row is cut by a view.
     places = None if n * width == query.shape[2] else torch.nonzero(real.reshape(-1))[:, 0]
 
@@ -109,6 +121,26 @@ def _packed_attention(
     )
     rows = out.transpose(1, 2).reshape(n * width, *value.shape[1::2])
     return (rows if places is None else Pick.apply(rows, places))[None], None
+
+
+def _in_kernels(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    real: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Return (T, heads, D): the kernel's attention over the packed row; `real` (n, S) as lengths."""
+    from effllm_kernels import flash_attn_varlen_func  # noqa: PLC0415 (loads triton)
+
+    starts = functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    side = -1 if window is None else window - 1
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    return flash_attn_varlen_func(
+        *rows, starts, starts, real.shape[1], real.shape[1], dropout, scaling, window_size=(side, side)
+    )
 
 
 def _mask(real: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -19,6 +19,7 @@ from effllm.data.vocabulary import Vocabulary
 from effllm.errors import SettingError
 from effllm.rows import Row
 from effllm.settings import to_json
+from effllm.train.attention import implementation
 from effllm.train.branch import Trunk
 from effllm.train.checkpoint import Progress
 from effllm.train.loop import MicroBatch, StepRecord, to_tensors
@@ -114,7 +115,7 @@ def pretrain(
     checkpoint = open_run(target, identity, accelerator, resume=resume, force=force) or start
     if checkpoint:
         model = build_model(str(checkpoint[0].path), vocabulary, settings.max_length, settings.objective, settings.seed)
-    step = {"verb": "pretrain", "settings": to_json(settings)}
+    step = {"verb": "pretrain", "settings": to_json(settings), "attention": implementation()}
     run = Run(
         folder=target,
         module=MaskedLanguageModel(model, settings.objective),

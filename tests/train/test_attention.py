@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import ARCHITECTURES, make_config
 
-from effllm.train.attention import NAME, _packed_attention, register, sequence_index
+from effllm.train.attention import NAME, _in_kernels, _packed_attention, implementation, register, sequence_index
 from effllm.train.objectives import position_offset
 
 LENGTHS = [40, 7, 1, 33, 5]
@@ -68,3 +68,18 @@ def test_boundaries_are_demanded() -> None:
     x = torch.zeros(1, 1, 3, 4)
     with pytest.raises(ValueError, match="sequence_index"):
         _packed_attention(torch.nn.Module(), x, x, x, None)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_kernels_compute_the_same(window: int | None) -> None:
+    pytest.importorskip("effllm_kernels")
+    q, k, v = (torch.randn(1, 2, sum(LENGTHS), 16) for _ in range(3))
+    index = sequence_index(torch.tensor(LENGTHS))
+    expected, _ = _packed_attention(torch.nn.Module(), q, k, v, None, sequence_index=index, sliding_window=window)
+    got = _in_kernels(q, k, v, index >= 0, 0.0, None, window)
+    assert (got[None] - expected).abs().max() <= ROUNDING * expected.abs().max()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels")
+def test_without_a_gpu_torch_computes() -> None:
+    assert implementation() == "torch"

@@ -1,0 +1,18 @@
+"""Kernels that encoders need: fused, exact, and importable anywhere.
+
+On CUDA tensors they are Triton kernels; on CPU tensors, and wherever triton is missing, their plain torch reference.
+"""
+
+from __future__ import annotations
+
+from .flash import flash_attn_func, flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
+from .fused_attention import attention
+from .table import KERNELS
+
+__all__ = [
+    "KERNELS",
+    "attention",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+]

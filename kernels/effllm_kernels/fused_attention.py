@@ -1,0 +1,241 @@
+"""Attention for encoders: softmax(scale · q kᵀ + terms) v over padded or packed sequences, forward and backward.
+
+Work, per sequence and head with S_q rows, S_k keys and width D: forward 4 · S_q · S_k · D operations, backward 2.5
+times that (five products instead of two). Memory, forward: q, k, v read once and out written once, (2 S_q + 2 S_k) · D
+elements, and S_q sums; backward: q, k, v, out, dout read and dq, dk, dv written. Nothing of size S_q × S_k exists.
+
+Kernels: `forward.py`, `backward.py`, `term_gradients.py`; launcher: `launch.py`; operators and autograd:
+`operators.py`; specification: `reference.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .operators import NAMESPACE
+from .record import Case, Kernel, attention_bytes, attention_flops
+from .terms import UNLIMITED, Terms
+
+Window = int | tuple[int | None, int | None] | None
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    c2p: Tensor | None = None,
+    p2c: Tensor | None = None,
+    relative_index: Tensor | None = None,
+    heads: Tensor | None = None,
+    window: Window = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Return softmax(logits) v as (B, S_q, H, D) in q's dtype, and with `return_lse` also its log-sum-exp (B, H, S_q).
+
+    q is (B, S_q, H, D), k and v are (B, S_k, H_k, D) with H a multiple of H_k; any strides. Products and sums are kept
+    in float32 (float64 for float64, which only the CPU runs). Differentiable in q, k, v, bias, relative_bias, c2p, p2c.
+
+    Which keys a row sees: those before `key_lengths` (B,) and where `key_mask` (B, S_k) is true; with `window` w those
+    with |i - j| <= w, both ends included (ModernBERT's local attention is 64), or with a pair (left, right), None for
+    no bound; with `causal` those with j <= i. i is counted so that the last row lies on the last key: row number +
+    S_k - S_q. Rows from `query_lengths` on, or where `query_mask` is false, are padding, as are the heads where `heads`
+    (H,) is false (pruned): not computed, output zero, log-sum-exp -inf, no gradient. So is a row that sees no key. What
+    padded rows and keys hold, NaN too, changes nothing.
+
+    logits = softcap · tanh(scale · q kᵀ / softcap), or scale · q kᵀ without softcap, scale 1 / sqrt(D) by default, plus
+    - `bias`, broadcastable to (B, H, S_q, S_k) but of full size S_k;
+    - `alibi_slopes` (H,) or (B, H): - slope · |i - j|, symmetric (Press et al. 2022), no gradient;
+    - `relative_bias` (H, R): T5's table, at column relative_index[distance] (Raffel et al. 2020);
+    - `c2p` (B, S_q, H, R) at [i, column] and `p2c` (B, S_k, H, R) at [j, column]: the two terms of DeBERTa (He et al.
+      2021), already scaled. `relative_index` is (S_q + S_k - 1,) integers in [0, R), the column of distance i - j, in
+      plain row and key numbers, at place i - j + S_k - 1.
+
+    Dropout is a function of (seed, batch, head, i, j) alone, its rate a multiple of 1/65536. `seed` is a number or a
+    (1,) int64 tensor; without it one is drawn from torch's generator. Sums have a fixed order: equal inputs give equal
+    bits, and a sequence's output does not depend, to the bit, on the others in its batch; nor do its gradients, except
+    that keys that all fit in one tile (128 at width 64 in half precision) take a shorter path.
+
+    Raises ValueError naming the argument that does not fit.
+    """
+    terms = attention_terms(
+        q, k, v, key_lengths=key_lengths, key_mask=key_mask, query_lengths=query_lengths, query_mask=query_mask,
+        bias=bias, alibi_slopes=alibi_slopes, relative_bias=relative_bias, c2p=c2p, p2c=p2c,
+        relative_index=relative_index, heads=heads, window=window, causal=causal, dropout_p=dropout_p, seed=seed,
+        scale=scale, softcap=softcap,
+    )  # fmt: skip
+    out, lse = getattr(torch.ops, NAMESPACE).attention(q, k, v, *terms)
+    return (out, lse) if return_lse else out
+
+
+def attention_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    c2p: Tensor | None = None,
+    p2c: Tensor | None = None,
+    relative_index: Tensor | None = None,
+    heads: Tensor | None = None,
+    window: Window = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Terms:
+    """Return the checked terms of a call of `attention`, as the operator takes them."""
+    _check(q, k, v)
+    batch, queries, count, width = q.shape
+    for name, mask, size in (("key_mask", key_mask, k.shape[1]), ("query_mask", query_mask, queries)):
+        _check_shape(name, mask, ((batch, size),))
+    for name, lengths in (("key_lengths", key_lengths), ("query_lengths", query_lengths)):
+        _check_shape(name, lengths, ((batch,),))
+    _check_shape("alibi_slopes", alibi_slopes, ((count,), (batch, count)))
+    _check_shape("heads", heads, ((count,),))
+    if relative_bias is not None:
+        _require(c2p is None, "give relative_bias or c2p, not both")
+        _require(relative_bias.shape[0] == count, f"relative_bias must have {count} rows, one a head")
+        sums = torch.promote_types(relative_bias.dtype, torch.float32)  # the table's gradient is a long sum
+        c2p = relative_bias.to(sums)[None, None].expand(batch, queries, -1, -1)
+    _check_relative(q, k, c2p, p2c, relative_index)
+    left, right = bounds(window, causal)
+    return Terms(
+        query_starts=None,
+        key_starts=None,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        query_mask=query_mask,
+        key_mask=key_mask,
+        heads=heads,
+        bias=_four_dimensions(bias, (batch, count, queries, k.shape[1])),
+        alibi_slopes=alibi_slopes,
+        c2p=c2p,
+        p2c=p2c,
+        relative_index=None if relative_index is None else relative_index.to(torch.int32),
+        seed=seed_tensor(seed, dropout_p, q.device),
+        max_query=queries,
+        max_key=k.shape[1],
+        left=left,
+        right=right,
+        dropout=float(dropout_p),
+        scale=1 / math.sqrt(width) if scale is None else positive("scale", scale),
+        softcap=0.0 if softcap is None else positive("softcap", softcap),
+    )
+
+
+def bounds(window: Window, causal: bool) -> tuple[int, int]:
+    """Return how many keys before and after its own a row sees; UNLIMITED is no bound."""
+    sides = window if isinstance(window, tuple) else (window, window)
+    left, right = (UNLIMITED if side is None else side for side in sides)
+    _require(left >= UNLIMITED and right >= UNLIMITED, f"window must be non-negative, got {window}")
+    return left, 0 if causal else right
+
+
+def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """Return the dropout seed as (1,) int64 on the device, None when nothing is dropped."""
+    _require(0 <= dropout_p < 1, f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    if round(dropout_p * 65536) == 0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    return seed if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def positive(name: str, value: float) -> float:
+    """Return the value as a float. Raises ValueError unless it is finite and greater than 0."""
+    _require(0 < value < math.inf, f"{name} must be greater than 0, got {value}")
+    return float(value)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    _require(q.dim() == k.dim() == v.dim() == 4, "q, k and v must be (batch, sequence, heads, width)")
+    _require(q.dtype in DTYPES, f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    _require(q.dtype == k.dtype == v.dtype, f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    _require(k.shape == v.shape, f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    fits = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and q.shape[2] % k.shape[2] == 0
+    _require(fits, f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}: batch and width equal, heads a divisor")
+    _require(q.shape[3] <= 256, f"width must be at most 256, got {q.shape[3]}")
+    _require(not q.is_cuda or q.dtype != torch.float64, "float64 runs on the CPU only; use float32")
+
+
+def _check_shape(name: str, value: Tensor | None, allowed: tuple[tuple[int, ...], ...]) -> None:
+    if value is not None and tuple(value.shape) not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(str, allowed))}, got {tuple(value.shape)}")
+
+
+def _check_relative(q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None, index: Tensor | None) -> None:
+    given = c2p is not None or p2c is not None
+    _require(given == (index is not None), "relative_index goes with relative_bias, c2p or p2c")
+    for name, term, size in (("c2p", c2p, q.shape[1]), ("p2c", p2c, k.shape[1])):
+        if term is not None:
+            _check_shape(name, term, ((q.shape[0], size, q.shape[2], term.shape[-1]),))
+    _check_shape("relative_index", index, ((q.shape[1] + k.shape[1] - 1,),))
+
+
+def _four_dimensions(bias: Tensor | None, full: tuple[int, ...]) -> Tensor | None:
+    """Return the bias as (1|B, 1|H, 1|S_q, S_k)."""
+    if bias is None:
+        return None
+    _require(bias.dim() <= 4, f"bias must have at most 4 dimensions, got {bias.dim()}")
+    view = bias[(None,) * (4 - bias.dim())]
+    fits = all(size in {1, whole} for size, whole in zip(view.shape, full, strict=True)) and view.shape[3] == full[3]
+    _require(fits, f"bias must broadcast to {full} with a full last dimension, got {tuple(bias.shape)}")
+    return view
+
+
+KERNEL = Kernel(
+    name="attention",
+    function=attention,
+    reference=reference.forward,
+    flops=attention_flops,
+    bytes=attention_bytes,
+    cases=(
+        Case("bert", batch=2, queries=37, keys=37, heads=2, width=64),
+        Case("cross", batch=1, queries=5, keys=70, heads=2, width=32),
+        Case("grouped", batch=2, queries=33, keys=33, heads=4, key_heads=2, width=32),
+        Case("lengths", batch=3, queries=70, keys=70, heads=2, width=32, terms=("lengths",)),
+        Case("holes", batch=2, queries=40, keys=40, heads=2, width=32, terms=("mask",)),
+        Case("window", batch=1, queries=200, keys=200, heads=1, width=32, terms=("window", "lengths")),
+        Case("causal", batch=1, queries=90, keys=140, heads=2, width=32, terms=("causal",)),
+        Case("alibi", batch=2, queries=65, keys=65, heads=2, width=32, terms=("alibi",)),
+        Case("bias", batch=2, queries=50, keys=66, heads=2, width=32, terms=("bias", "lengths")),
+        Case("t5", batch=2, queries=66, keys=66, heads=2, width=32, terms=("relative_bias", "mask")),
+        Case("deberta", batch=1, queries=67, keys=35, heads=2, width=32, terms=("c2p", "p2c", "lengths")),
+        Case("softcap", batch=1, queries=40, keys=40, heads=2, width=32, terms=("softcap", "causal")),
+        Case("dropout", batch=2, queries=35, keys=70, heads=2, width=32, terms=("dropout", "lengths")),
+        Case("pruned", batch=1, queries=35, keys=35, heads=4, key_heads=2, width=32, terms=("heads",)),
+        Case("everything", batch=2, queries=45, keys=45, heads=2, key_heads=1, width=32,
+             terms=("lengths", "mask", "window", "bias", "alibi", "c2p", "p2c", "softcap", "dropout", "heads")),
+    ),
+)  # fmt: skip

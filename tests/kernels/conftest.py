@@ -1,0 +1,45 @@
+"""The kernels run in Triton's interpreter where there is no GPU; this must be decided before they are imported."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+
+def _patch_the_language_once() -> None:
+    """Keep the interpreter's patches of triton.language in place: it renews them at every call, most of its time."""
+    import inspect
+
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    class Kept:
+        def restore(self) -> None:
+            pass
+
+    patch, done = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        found = {id(value) for value in fn.__globals__.values() if inspect.ismodule(value) and value in [tl, tl.core]}
+        if not found <= done:
+            patch(fn)
+            done.update(found)
+        return Kept()
+
+    interpreter._patch_lang = patch_once
+
+
+if DEVICE == "cpu":
+    _patch_the_language_once()
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE

@@ -1,0 +1,64 @@
+"""What the kernels are measured against: plain attention in a given precision, and the rule of what may differ."""
+
+from __future__ import annotations
+
+import torch
+from effllm_kernels import reference
+from effllm_kernels.fused_attention import attention_terms
+
+EPSILON = torch.finfo(torch.float32).eps
+NOT_DIFFERENTIABLE = {"alibi_slopes"}
+
+
+def leaves(given: dict) -> dict[str, torch.Tensor]:
+    """Return the inputs that have a gradient, as new leaves."""
+    floats = {n: x for n, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    return {n: x.detach().clone().requires_grad_() for n, x in floats.items() if n not in NOT_DIFFERENTIABLE}
+
+
+def plain(**given) -> torch.Tensor:
+    """Return attention as eager PyTorch computes it, every step in q's dtype, differentiable by autograd."""
+    q, k, v = given["q"], given["k"], given["v"]
+    terms = attention_terms(**given)
+    group = q.shape[2] // k.shape[2]
+    rows, (keys, values) = q.transpose(1, 2), (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    logits, _ = reference._logits(rows @ keys.mT * terms.scale, q, k, terms)
+    seen = reference.visible(q, k, terms)
+    p = torch.softmax(logits.to(q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min), -1) * seen
+    if terms.seed is not None:
+        kept = reference.dropout_mask(terms.seed, terms.threshold, 0, tuple(p.shape))
+        p = p * kept / (1 - terms.threshold / 65536)
+    return (p @ values).transpose(1, 2)
+
+
+def results(function, given: dict, dout: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the output and every gradient."""
+    own = leaves(given)
+    out = function(**(given | own))
+    grads = torch.autograd.grad(out, list(own.values()), dout.to(out.dtype), allow_unused=True)
+    return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(own, grads, strict=True)}
+
+
+def exact(given: dict) -> dict:
+    """Return the inputs with every float as float64: the same numbers."""
+    return {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in given.items()}
+
+
+def output_gradient(given: dict, seed: int = 1) -> torch.Tensor:
+    """Return a random gradient of the output, in q's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(given["q"].shape, generator=generator, dtype=torch.float64).to(given["q"])
+
+
+def assert_as_exact_as_torch(got: dict, torchs: dict, true: dict, factor: float = 2.0) -> None:
+    """FlashAttention-3's rule: at most twice PyTorch's own error in this dtype, plus two roundings of the result.
+
+    Sixteen float32 roundings of numbers of order one are added, for gradients that cancel to zero.
+    """
+    for name, want in true.items():
+        assert torch.isfinite(got[name]).all(), name
+        rounded = want.to(got[name].dtype)
+        rounding = (rounded + 0.3 - 0.3 - rounded).abs().max().item()
+        error = (got[name].double() - want).abs().max().item()
+        allowed = factor * (torchs[name].double() - want).abs().max().item() + 2 * rounding + 16 * EPSILON
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
