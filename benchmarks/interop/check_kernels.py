@@ -2,7 +2,7 @@
 
     python check_kernels.py LAYOUT
 
-LAYOUT is what `effllm_kernels.hub.write_layout` wrote. Runs in an environment of its own, without effllm; prints one line
+LAYOUT is what `effllm_kernels.hub.write_layout` wrote. Runs in its own environment, without effllm; prints one line
 of JSON: largest differences, float32, and versions.
 """
 
