@@ -209,9 +209,10 @@ def _attention(
     if mask.key_mask is not None or bias is not None:
         raise ValueError("packed sequences take no attention_mask and no position bias: leave attention_mask out")
     sides = (-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right)
-    rows_q, rows_k, rows_v = (x.flatten(0, 1) for x in (q, k, v))
+    rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+    packed: Any = starts
     out = flash_attn_varlen_func(
-        rows_q, rows_k, rows_v, *starts, dropout, scaling, window_size=sides, softcap=softcap or 0.0
+        rows, keys, values, *packed, dropout_p=dropout, softmax_scale=scaling, window_size=sides, softcap=softcap or 0.0
     )
     return out.view(q.shape), None
 
