@@ -138,14 +138,9 @@ def _in_kernels(
     starts = functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     side = -1 if window is None else window - 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-<<<<<<< HEAD
-    out: torch.Tensor = flash_attn_varlen_func(
-=======
     return flash_attn_varlen_func(
->>>>>>> kernels-hf
         q, k, v, starts, starts, real.shape[1], real.shape[1], dropout, scaling, window_size=(side, side)
     )
-    return out
 
 
 def _mask(real: torch.Tensor, window: int | None) -> torch.Tensor:
