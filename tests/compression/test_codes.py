@@ -114,9 +114,10 @@ def test_outliers_are_multiplied_in_float() -> None:
     for threshold in (0.0, 6.0):
         layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=threshold)
         layer.load_state_dict(dense.state_dict())
-        with torch.no_grad():
-            errors[threshold] = float((layer.to("cpu")(x) - dense(x)).abs().mean())
-    assert errors[6.0] < errors[0.0] / 3, "the outlier channel should not widen the others' range"
+        with torch.no_grad():  # in training mode inputs are never rounded on a CPU
+            errors[threshold] = float((layer.to("cpu").eval()(x) - dense(x)).abs().mean())
+    # Rounding the other 63 inputs to steps of 100 / 127 moves a product by 0.11 on average; the weights alone by 0.027.
+    assert errors[6.0] < errors[0.0] / 3
 
 
 def test_e4m3_has_a_scale_per_row_and_four_significant_bits() -> None:
