@@ -127,3 +127,12 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stores import write_store
 
     return write_store(tmp_path_factory.mktemp("tokens") / "store")
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the kernels run: a GPU, or the CPU in Triton's interpreter."""
+    pytest.importorskip("triton")
+    from interpreted import DEVICE
+
+    return DEVICE

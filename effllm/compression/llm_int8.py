@@ -51,4 +51,4 @@ class LlmInt8:
         job.model.save_pretrained(job.work / "dense")
         load_coded(job, job.work / "dense", config)
         note = "which input channels are outliers depends on the batch; on a CPU slower than float32 at these sizes"
-        return Changed({"layers": names, "float": ignore}, [note])
+        return Changed({"layers": names, "float": ignore}, [note], batch_dependent=self.threshold > 0)

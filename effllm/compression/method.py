@@ -78,10 +78,14 @@ class WeightsJob:
 
 @dataclass(frozen=True)
 class Changed:
-    """What a method did to the weights: what the manifest records of it, and notes for the reader."""
+    """What a method did to the weights: what the manifest records of it, and notes for the reader.
+
+    `batch_dependent` says that an answer can now change with the other texts of its batch.
+    """
 
     details: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    batch_dependent: bool = False
 
 
 @dataclass(frozen=True)

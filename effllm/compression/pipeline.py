@@ -155,6 +155,7 @@ class _Run:
     track: Track
     details: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    batch_dependent: bool = False
 
     @property
     def work(self) -> Path:
@@ -194,7 +195,7 @@ class _Run:
         if self.methods[-1].stage < Stage.CODES:  # codes change no count, and hide it
             rows.append(Row("linear weights", float(_linear_weights(source.model)), "count", label))
         notes = [*self.notes, *self._cut(comparison.truncated), f"{label}: {verdict.reason}"]
-        return _Made(source, "", rows, notes, self._extra(), expected)
+        return _Made(source, "", rows, notes, self._extra() | {"batch_dependent": self.batch_dependent}, expected)
 
     def graph(self, method: GraphMethod) -> _Made:
         """Write the changed model as an ONNX folder, compressed and gated by a method of the graph."""
@@ -252,6 +253,7 @@ class _Run:
             self.source = job.source
             self.details.append(changed.details)
             self.notes += [f"{method.name}: {note}" for note in changed.notes]
+            self.batch_dependent |= changed.batch_dependent
         model = self.source.model.eval()
         if chosen[-1].stage < Stage.CODES:
             describe_in_config(model)

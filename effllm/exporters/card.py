@@ -41,12 +41,9 @@ def model_card(content: Mapping[str, Any], folder: ModelFolder) -> str:
         "",
     ]
     if content["batch_dependent"]:
-        spread = content["details"]["batch_spread"]
-        lines += [
-            f"**An answer can depend on the other texts of its batch** (measured: up to {spread['largest']:.2g} "
-            f"{spread['unit']}).",
-            "",
-        ]
+        spread = content["details"].get("batch_spread")
+        measured = f" (measured: up to {spread['largest']:.2g} {spread['unit']})" if spread else ""
+        lines += [f"**An answer can depend on the other texts of its batch**{measured}.", ""]
     rows = [Row(**row) for row in content["rows"]]
     lines += ["## Measured", "", markdown_table(rows), ""]
     lines += ["## Load", "", "```python", "import effllm", 'model = effllm.open(".")', "```", ""]

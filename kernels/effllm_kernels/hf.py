@@ -13,7 +13,7 @@ no key, where eager averages over what is masked. No weights are returned. Model
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ def _captured(function: Callable[..., Any], maker: Callable[..., Any]) -> dict[s
     """
     if torch.compiler.is_compiling():
         return {}
-    code = getattr(function, "__code__", None)
+    code: Any = getattr(function, "__code__", None)
     if code not in maker.__code__.co_consts:
         return {}
     return {name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)}
@@ -210,10 +210,11 @@ def _attention(
         raise ValueError("packed sequences take no attention_mask and no position bias: leave attention_mask out")
     sides = (-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right)
     rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
-    packed: Any = starts
+    starts_q, starts_k, longest_q, longest_k = cast("tuple[Tensor, Tensor, int, int]", starts)
     out = flash_attn_varlen_func(
-        rows, keys, values, *packed, dropout_p=dropout, softmax_scale=scaling, window_size=sides, softcap=softcap or 0.0
-    )
+        rows, keys, values, starts_q, starts_k, longest_q, longest_k,
+        dropout_p=dropout, softmax_scale=scaling, window_size=sides, softcap=softcap or 0.0,
+    )  # fmt: skip
     return out.view(q.shape), None
 
 

@@ -1,22 +1,16 @@
-"""The kernels run in Triton's interpreter where there is no GPU; this must be decided before they are imported."""
+"""The kernels run in Triton's interpreter where there is no GPU; `tests/conftest.py` decides it before any import."""
 
 from __future__ import annotations
 
-import os
+import inspect
 
-import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton")
 
 
 def _patch_the_language_once() -> None:
     """Keep the interpreter's patches of triton.language in place: it renews them at every call, most of its time."""
-    import inspect
-
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -38,8 +32,3 @@ def _patch_the_language_once() -> None:
 
 if DEVICE == "cpu":
     _patch_the_language_once()
-
-
-@pytest.fixture
-def device() -> str:
-    return DEVICE
