@@ -62,8 +62,8 @@ def _sparse() -> dict[str, Recipe]:
 
 RECIPES = {
     "int8": Recipe(("int8",)),
-    "int4 gptq": Recipe(("int4:algorithm=gptq,group=128",)),
-    "int4 rtn": Recipe(("int4:algorithm=rtn,group=128",)),
+    "int4 gptq": Recipe(("int4:algorithm=gptq,group_size=128",)),
+    "int4 rtn": Recipe(("int4:algorithm=rtn,group_size=128",)),
     "nf4": Recipe(("nf4",)),
     "structured 2x": Recipe(("structured:flops=0.5",)),
     "structured 2x + distil": Recipe(("structured:flops=0.5", DISTIL)),

@@ -1,8 +1,8 @@
 """How fast the attention kernels are beside what PyTorch and transformers offer, on one GPU.
 
-    python benchmarks/kernels.py            every row, under 8 minutes on an H100 or H200
-    python benchmarks/kernels.py --quick    few sizes and repeats, no rows written
-    python benchmarks/kernels.py --cpu      the code paths at tiny sizes on the CPU, no rows written
+    python benchmarks/attention_kernels.py            every row, under 8 minutes on an H100 or H200
+    python benchmarks/attention_kernels.py --quick    few sizes and repeats, no rows written
+    python benchmarks/attention_kernels.py --cpu      the code paths at tiny sizes on the CPU, no rows written
 
 Measures the machine first (copy, bfloat16 product), then: forward and forward + backward over S, padded batches at 50 %
 fill, a window of ±64, short sequences under CUDA graphs, host time a call, and whole BERT-base and ModernBERT-base
