@@ -166,6 +166,25 @@ def _finetuned_lines() -> list[str]:
     return lines
 
 
+def compression_table() -> str:
+    """Return one line per recipe: accuracy, its change, size and, where timed, the speed-up over ONNX Runtime."""
+    rows = read_rows(RESULTS / "compression.jsonl")
+    dense = find(rows, "accuracy", "dense")
+    lines = [
+        "| methods, in order | SST-2 dev accuracy | change, points | file | 1 × 128 | 16 × 64 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for system in dict.fromkeys(row.system for row in rows if row.metric == "accuracy"):
+        accuracy, size = find(rows, "accuracy", system), find(rows, "model size", system)
+        change = "–" if system == "dense" else _points(accuracy.value - dense.value)
+        timed = [find(rows, "speed-up", system, batch=b, tokens=t) for b, t in ((1, 128), (16, 64))]
+        speeds = " | ".join(f"{row.value:.2f}×" if row else "–" for row in timed)
+        lines.append(f"| {system} | {accuracy.value:.4f} | {change} | {text.size(size.value)} | {speeds} |")
+    where = find(rows, "accuracy", "dense").machine
+    how = "one seed; speed over ONNX Runtime float32, one thread, one interleaved run"
+    return "\n".join([*lines, "", f"{where}; {how}."])
+
+
 def _number(value: float) -> str:
     return f"{value:.3f}"
 
@@ -219,6 +238,7 @@ TABLES = {
     "trainer_exactness": exactness_table,
     "training": training_table,
     "interop": interop_table,
+    "compression": compression_table,
 }
 
 

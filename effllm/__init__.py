@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from effllm.compression import METHODS, Int8
+    from effllm.compression import METHODS, Int8, parse_method
     from effllm.compression.pipeline import compress, export
     from effllm.data.prepare import prepare
     from effllm.data.settings import PrepareSettings
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         TrainingStopped,
         Unsupported,
     )
+    from effllm.hf import load
     from effllm.lineup import BenchSettings, bench
     from effllm.rows import Row
     from effllm.runtime.predictor import Predictor, open_predictor
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     open = open_predictor
 
 _HOMES = {
-    "effllm.compression": ("METHODS", "Int8"),
+    "effllm.compression": ("METHODS", "Int8", "parse_method"),
     "effllm.compression.pipeline": ("compress", "export"),
     "effllm.data.prepare": ("prepare",),
     "effllm.data.settings": ("PrepareSettings",),
@@ -56,6 +57,7 @@ _HOMES = {
         "TrainingStopped",
         "Unsupported",
     ),
+    "effllm.hf": ("load",),
     "effllm.lineup": ("BenchSettings", "bench"),
     "effllm.rows": ("Row",),
     "effllm.runtime.predictor": ("Predictor", "open_predictor"),
@@ -90,7 +92,9 @@ __all__ = [
     "compress",
     "export",
     "finetune",
+    "load",
     "open",
+    "parse_method",
     "prepare",
     "pretrain",
 ]
