@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     return functools.cache(lambda architecture: make_all(tmp_path_factory.mktemp(architecture), architecture))
 
 
-def over_architectures(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Run a test on each method and architecture; two architectures always, the others with the slow tests."""
+def over_architectures(names: Iterable[str], quick: Collection[str] = QUICK) -> pytest.MarkDecorator:
+    """Run a test on each method and architecture; the quick architectures always, the others with the slow tests."""
     return pytest.mark.parametrize(
         ("name", "architecture"),
         [
-            pytest.param(name, architecture, marks=[] if architecture in QUICK else [pytest.mark.slow])
+            pytest.param(name, architecture, marks=[] if architecture in quick else [pytest.mark.slow])
             for name in names
             for architecture in ARCHITECTURES
         ],
@@ -262,7 +262,7 @@ def test_the_same_seed_gives_the_same_bytes(made: Callable[[str], Made], name: s
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if getattr(method_class(n), "identity", None)])
-@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+@pytest.mark.parametrize("architecture", ["bert", pytest.param("modernbert", marks=pytest.mark.slow)])
 def test_strength_zero_changes_nothing(
     made: Callable[[str], Made], name: str, architecture: str, tmp_path: Path
 ) -> None:
@@ -274,7 +274,7 @@ def test_strength_zero_changes_nothing(
         assert torch.equal(value, after[key]), key
 
 
-@over_architectures(OF_WEIGHTS)
+@over_architectures(OF_WEIGHTS, quick=["bert"])
 def test_the_exported_graph_agrees(made: Callable[[str], Made], name: str, architecture: str, tmp_path: Path) -> None:
     """`export` raises where the graph's answers differ from torch's by more than rounding."""
     folder = torch_folder_of(made, name, architecture)
