@@ -85,12 +85,13 @@ def test_int8_covers_the_layer_stack_and_nothing_else(made, architecture: str) -
 def test_compressed_folder_answers_like_its_parent(made, architecture: str) -> None:
     model, variant = made[architecture]
     small, dense = effllm.open(variant.path, threads=1), effllm.open(model, engine="torch", threads=1)
-    examples = small.task.unlabelled(TEXTS[60:80], small.head)
+    examples = small.task.unlabelled(TEXTS[60:], small.head)
     agreed = [
         small.task.agreement(e, a.value, b.value)
         for e, a, b in zip(examples, small.answers(examples), dense.answers(examples), strict=True)
     ]
-    assert sum(a for a, _ in agreed) / sum(t for _, t in agreed) > 0.85
+    # Random weights leave close calls, about one text in twelve; of 60, a fifth of them would be no accident.
+    assert sum(a for a, _ in agreed) / sum(t for _, t in agreed) > 0.8
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
