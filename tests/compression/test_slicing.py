@@ -121,7 +121,8 @@ def reload_in_a_fresh_process(folders: list[Path], *flags: str) -> None:
     code = [sys.executable, "-c", RELOAD, *flags]
     subprocess.run(code, input=json.dumps([str(f) for f in folders]), text=True, check=True, capture_output=True)
     for folder in folders:
-        np.testing.assert_array_equal(np.load(folder / "again.npy"), answer_of(folder))
+        # The processes need not have as many threads, and sums of float32 are split by them.
+        np.testing.assert_allclose(np.load(folder / "again.npy"), answer_of(folder), rtol=1e-5, atol=1e-6)
 
 
 def test_pruned_folders_reload_and_export(folders, tmp_path: Path) -> None:
