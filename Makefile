@@ -9,7 +9,7 @@ SETUP := $(VENV)/.ready
 demo: $(SETUP)  ## compress a real model to int8 and show the proof
 	$(BIN)/python examples/demo.py
 
-test: $(SETUP)  ## the quick tests, under 10 minutes on 2 cores
+test: $(SETUP)  ## the quick tests, a quarter of an hour on 2 cores
 	$(BIN)/python -m pytest -q
 
 slow: $(SETUP)  ## the tests that take minutes
