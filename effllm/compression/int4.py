@@ -89,7 +89,7 @@ class Int4:
         self, job: GraphJob, graph: Graph, groups: list[Linears]
     ) -> tuple[dict[str, Coded], dict[str, dict[str, float]]]:
         """Return the codes of each linear layer by its node's name, and its error by its module."""
-        encodings = [e for example in job.calibration for e in job.source.task.encode(job.tokenizer, example)]
+        encodings = job.encodings()
         inputs = [group.input for group in groups]
         seen = grams(graph.model, inputs, encodings, job.work, threads=job.threads, track=job.track)
         coded: dict[str, Coded] = {}

@@ -118,7 +118,7 @@ class Int8:
         return Result(chosen.file, FILE_NAME, chosen.comparison, chosen.batch_dependent, rows, details, notes)
 
     def _observe(self, job: GraphJob, graph: onnx.ModelProto, values: list[str]) -> dict[str, Observed]:
-        encodings = [e for example in job.calibration for e in job.source.task.encode(job.tokenizer, example)]
+        encodings = job.encodings()
         return observe(graph, values, encodings, job.work, seed=self.seed, threads=job.threads, track=job.track)
 
     def _rank(

@@ -46,8 +46,24 @@ class Stage(IntEnum):
     """Tries rows of the other methods; stands alone."""
 
 
+class Calibrated:
+    """A job's calibration texts, tokenised as the model takes them."""
+
+    source: Source
+    calibration: Sequence[Example]
+
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of the model, with its length limit."""
+        return TextTokenizer.of(self.source.tokenizer.backend_tokenizer, self.source.folder)
+
+    def encodings(self) -> list[Encoding]:
+        """Return the tokenised calibration inputs, in order."""
+        return [e for example in self.calibration for e in self.source.task.encode(self.tokenizer, example)]
+
+
 @dataclass
-class WeightsJob:
+class WeightsJob(Calibrated):
     """What a method of the weights works with. `source.model` is the model, in eval mode; it is changed in place.
 
     `calibration` needs no reference answers; `train` is empty where no training data was given. `work` is a scratch
@@ -66,15 +82,6 @@ class WeightsJob:
         """The transformers model as the steps before left it."""
         return self.source.model
 
-    @functools.cached_property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer of the model, with its length limit."""
-        return TextTokenizer.of(self.source.tokenizer.backend_tokenizer, self.source.folder)
-
-    def encodings(self) -> list[Encoding]:
-        """Return the tokenised calibration inputs, in order."""
-        return [e for example in self.calibration for e in self.source.task.encode(self.tokenizer, example)]
-
 
 @dataclass(frozen=True)
 class Changed:
@@ -89,7 +96,7 @@ class Changed:
 
 
 @dataclass(frozen=True)
-class GraphJob:
+class GraphJob(Calibrated):
     """What a method of the graph works with.
 
     `start` is the exported, checked float32 graph to compress, `dense` the one of the model before any method, which
@@ -113,11 +120,6 @@ class GraphJob:
         folder, task = self.source.folder, self.source.task
         engine = open_engine("onnxruntime", file, auto_class=task.auto_class, threads=self.threads)
         return Predictor(name, folder, task, self.tokenizer, engine)
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer of the model, with its length limit."""
-        return TextTokenizer.of(self.source.tokenizer.backend_tokenizer, self.source.folder)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,18 @@ class Trials:
     """Makes and measures trials in `folder`, which outlives a killed search."""
 
     source: Source
-    model: Path
     given: Given
     texts: Texts
     folder: Path
     threads: int
     track: Track
-    _dense: list[Predictor] = field(default_factory=list)
 
     def make(self, specs: tuple[str, ...]) -> Trial:
         """Make the variant of a row of methods and measure it against the dense model."""
         started = time.monotonic()
         weights = tuple(s for s in specs if parse_method(s).stage < Stage.GRAPH)
-        start = self._variant(self.model, weights) if weights else self.model
+        dense = self.source.folder.path
+        start = self._variant(dense, weights) if weights else dense
         made = self._variant(start, specs[len(weights) :], prefix=weights)
         return self._measured(specs, made, time.monotonic() - started)
 
@@ -92,16 +92,13 @@ class Trials:
         kept = tuple(row.to_json() for row in rows)
         return Trial(specs, folder.name, comparison.drop, ratio, share, seconds, kept)
 
-    @property
+    @functools.cached_property
     def dense(self) -> Predictor:
         """The dense model in ONNX Runtime, exported when it is first needed."""
-        if not self._dense:
-            out = self.folder / "dense"
-            if not (out / MANIFEST).is_file():
-                pipeline.export(self.model, out, task=self.source.task.name, track=self.track)
-            name = self.source.task.name
-            self._dense.append(Predictor.open(out, task=name, threads=self.threads, name="dense"))
-        return self._dense[0]
+        out, name = self.folder / "dense", self.source.task.name
+        if not (out / MANIFEST).is_file():
+            pipeline.export(self.source.folder.path, out, task=name, track=self.track)
+        return Predictor.open(out, task=name, threads=self.threads, name="dense")
 
 
 def _onnx_bytes(folder: Path) -> int:
@@ -124,17 +121,14 @@ def search(
     The trials are in `.TARGET.search` beside it until the search has ended, from where the same command goes on. Raises
     GateFailed with the rows of all trials when none is within `max_drop`.
     """
-    folder = target.absolute().parent / f".{target.name}.search"
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = choose_texts(source, [auto], given)
-    if given.train is not None:
-        texts = choose_texts(source, [auto, parse_method("distil")], given)
-    trials = Trials(source, source.folder.path, given, texts, folder, threads, track)
+    distils = [parse_method("distil")] if given.train is not None else []
+    texts = choose_texts(source, [auto, *distils], given)
     identity = _identity(source, auto, texts)
+    searches = target.absolute().parent / f".{target.name}.search"
+    folder = searches / identity[:16]  # what another model, other data or other settings made is not taken up
+    folder.mkdir(parents=True, exist_ok=True)
+    trials = Trials(source, given, texts, folder, threads, track)
     runs = Search(trials.make, folder / "trials.jsonl", identity)
-    if runs.journal.is_file() and not runs.seen:
-        shutil.rmtree(folder)  # another model, other data or other settings
-        folder.mkdir()
     try:
         best = auto.search(runs, max_drop, distil=given.train is not None)
     except GateFailed as error:
@@ -150,7 +144,7 @@ def search(
         published = Source(source.folder, task_of(source.folder, parts["task"]), None, None, source.head)
         pipeline.finish(published, staging, steps, parts["model_file"], _rows(runs.all), notes, extra)
         Predictor.open(staging, threads=threads)
-    shutil.rmtree(folder)
+    shutil.rmtree(searches)
     return Variant.open(target)
 
 

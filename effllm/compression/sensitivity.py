@@ -28,7 +28,7 @@ def rank(job: GraphJob, grids: Mapping[str, Grid], levels: int) -> dict[str, flo
     Keys are the groups' names. The distance is the mean KL divergence of distributions (over the last axis), or one
     minus the cosine of embeddings, over at most 64 calibration texts, each run alone.
     """
-    encodings = [e for example in job.calibration for e in job.source.task.encode(job.tokenizer, example)][:TEXTS]
+    encodings = job.encodings()[:TEXTS]
     key = _key(job, encodings, grids, levels)
     if key not in _ranked:
         _ranked[key] = _measure(job, encodings, grids, levels)
