@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import LABELS, WORDS, make_model
 import effllm
 from effllm.compression.auto import CLOSE, Auto, Search, Trial
 from effllm.errors import GateFailed, SettingError
+from effllm.variant import MANIFEST
 
 
 def trial(specs: tuple[str, ...], drop: float, speedup: float, size: float = 0.25) -> Trial:
@@ -122,6 +124,10 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> effllm.Variant:
     labels = LABELS["text-classification"]
     train = root / "train.jsonl"
     train.write_text("".join(json.dumps({"text": t, "label": labels[i % 3]}) + "\n" for i, t in enumerate(texts)))
+    for name in ("dense", hashlib.sha256(json.dumps(["int8"]).encode()).hexdigest()[:16]):
+        stale = root / ".out.search" / name  # of a search on another model, killed before it noted a trial
+        stale.mkdir(parents=True)
+        (stale / MANIFEST).write_text("{}")
     auto = Auto(distil_steps=2, budget_minutes=0.001)
     return effllm.compress(make_model(root / "model"), root / "out", method=auto, train=train, max_drop=1.0, threads=1)
 
