@@ -174,15 +174,14 @@ def compression_table() -> str:
         "| methods, in order | SST-2 dev accuracy | change, points | file | 1 × 128 | 16 × 64 |",
         "|---|---|---|---|---|---|",
     ]
-    for system in dict.fromkeys(row.system for row in rows if row.metric == "accuracy"):
+    for system in dict.fromkeys(["dense", *(row.system for row in rows if row.metric == "accuracy")]):
         accuracy, size = find(rows, "accuracy", system), find(rows, "model size", system)
         change = "–" if system == "dense" else _points(accuracy.value - dense.value)
         timed = [find(rows, "speed-up", system, batch=b, tokens=t) for b, t in ((1, 128), (16, 64))]
         speeds = " | ".join(f"{row.value:.2f}×" if row else "–" for row in timed)
         lines.append(f"| {system} | {accuracy.value:.4f} | {change} | {text.size(size.value)} | {speeds} |")
-    where = find(rows, "accuracy", "dense").machine
     how = "one seed; speed over ONNX Runtime float32, one thread, one interleaved run"
-    return "\n".join([*lines, "", f"{where}; {how}."])
+    return "\n".join([*lines, "", f"{dense.machine}; {how}."])
 
 
 def _number(value: float) -> str:

@@ -16,9 +16,7 @@ import torch
 from torch import nn
 
 from effllm.progress import Track, silent
-from effllm.runtime.tokenizer import Encoding, pad_batch
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+from effllm.runtime.tokenizer import INPUTS, Encoding, pad_batch
 
 
 @dataclass

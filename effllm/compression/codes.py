@@ -84,6 +84,16 @@ def replace_weights(job: WeightsJob, coded: Mapping[str, Mapping[str, torch.Tens
     load_coded(job, folder)
 
 
+def code_by_bitsandbytes(method: str, job: WeightsJob, config: transformers.BitsAndBytesConfig) -> dict[str, list[str]]:
+    """Let bitsandbytes code the inner linear layers; returns the names of those, and of the others, that stay float."""
+    check_plain(method, job.model)
+    names, ignore = list(inner_linears(job.model)), outer_linears(job.model)
+    config.llm_int8_skip_modules = ignore
+    job.model.save_pretrained(job.work / "dense")
+    load_coded(job, job.work / "dense", config)
+    return {"layers": names, "float": ignore}
+
+
 def load_coded(job: WeightsJob, folder: Any, config: Any = None) -> None:
     """Make the job's model the one that transformers loads from a folder, coding it by `config` where given."""
     transformers.utils.logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effllm.compression.importance import Ranking, diagonal, mask_gradients, rearranged
-from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 from effllm.compression.slicing import LEAST_NEURONS, blocks
 from effllm.compression.tuning import Tuning, prune
 from effllm.errors import SettingError
@@ -38,8 +38,7 @@ class Ffn:
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise SettingError(f"ffn: keep must be above 0 and at most 1, got {self.keep}")
-        if self.calibration < 1:
-            raise SettingError(f"ffn: calibration must be at least 1, got {self.calibration}")
+        check_calibration(self.name, self.calibration)
 
     def check(self, source: Source) -> None:
         """Raise Unsupported where the model's neurons are not known or not whole."""

@@ -19,6 +19,8 @@ MIDDLE = 8
 """The zero point of every symmetric grid."""
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """By how much a group's range is tried smaller: 15 steps are few, and a lone large weight should not widen them all."""
+Algorithm = Literal["gptq", "rtn"]
+Order = Literal["activation", "columns"]
 DAMPING = 0.01
 BLOCK = 128
 """Columns that are finished before the rest of the matrix is updated (section 3.3, step 2): memory is read less."""
@@ -41,6 +43,12 @@ class Coded:
         """Return the weight that the codes stand for, float32 (N, K)."""
         groups = self.codes.float().unflatten(1, (-1, self.group_size))
         return ((groups - self.zeros.float()[..., None]) * self.scales[..., None]).flatten(1)
+
+
+def check_group_size(method: str, group_size: int) -> None:
+    """Raise SettingError for a group size that readers of the formats do not know."""
+    if group_size not in {32, 64, 128}:
+        raise SettingError(f"{method}: group_size must be 128, 64 or 32, got {group_size}")
 
 
 def check_groups(method: str, columns: Mapping[str, int], group_size: int) -> None:
@@ -105,7 +113,7 @@ def gptq(
     group_size: int,
     *,
     symmetric: bool,
-    order: Literal["activation", "columns"] = "activation",
+    order: Order = "activation",
 ) -> Coded:
     """Return codes of W (N, K) that move the products W x least, for inputs whose sum of x xᵀ is `gram` (K, K).
 
@@ -153,3 +161,12 @@ def relative_error(weight: torch.Tensor, coded: Coded, gram: torch.Tensor) -> fl
     difference = (weight.float() - coded.values()).double()
     size = ((weight.double() @ gram.double()) * weight.double()).sum()
     return float(((difference @ gram.double()) * difference).sum() / size) if size > 0 else 0.0
+
+
+def choose_codes(
+    algorithm: Algorithm, weight: torch.Tensor, gram: torch.Tensor, group_size: int, *, symmetric: bool, order: Order
+) -> Coded:
+    """Return the codes of W (N, K) by `gptq` or, with `rtn`, by rounding each weight to nearest."""
+    if algorithm == "rtn":
+        return round_to_nearest(weight, gram, group_size, symmetric=symmetric)
+    return gptq(weight, gram, group_size, symmetric=symmetric, order=order)

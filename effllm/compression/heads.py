@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from effllm.compression.importance import Ranking, diagonal, mask_gradients, rearranged
-from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 from effllm.compression.slicing import blocks
 from effllm.compression.tuning import Tuning, prune
 from effllm.errors import SettingError
@@ -36,8 +36,7 @@ class Heads:
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise SettingError(f"heads: keep must be above 0 and at most 1, got {self.keep}")
-        if self.calibration < 1:
-            raise SettingError(f"heads: calibration must be at least 1, got {self.calibration}")
+        check_calibration(self.name, self.calibration)
 
     def check(self, source: Source) -> None:
         """Raise Unsupported where the model's heads are not known or not whole."""

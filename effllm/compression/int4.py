@@ -16,13 +16,21 @@ import numpy as np
 import onnx
 import torch
 
-from effllm.compression.gptq import Coded, check_groups, gptq, relative_error, round_to_nearest
+from effllm.compression.gptq import (
+    Algorithm,
+    Coded,
+    Order,
+    check_group_size,
+    check_groups,
+    choose_codes,
+    relative_error,
+)
 from effllm.compression.int4_graph import quantize_int4
 from effllm.compression.int8_graph import Linears, find_linears, quantize_embeddings
-from effllm.compression.method import GraphJob, Result, Stage
+from effllm.compression.method import GraphJob, Result, Stage, check_calibration
 from effllm.compression.trials import latencies, latency_rows, try_out
 from effllm.compression.walk import grams
-from effllm.errors import CheckFailed, GateFailed, SettingError
+from effllm.errors import CheckFailed, GateFailed
 from effllm.exporters.graph import Graph, module_of, save_graph
 from effllm.measure.statistics import ratio_of_medians
 
@@ -39,12 +47,12 @@ class Int4:
     identity: ClassVar[Mapping[str, Any]] = {}
     baseline: ClassVar[str] = "int4:algorithm=rtn"
 
-    algorithm: Literal["gptq", "rtn"] = field(
+    algorithm: Algorithm = field(
         default="gptq", metadata={"help": "let later columns make up for rounding (gptq), or round each weight (rtn)"}
     )
     group_size: int = field(default=128, metadata={"help": "weights along a row that share a scale: 128, 64 or 32"})
     symmetric: bool = field(default=True, metadata={"help": "no zero points: the grid of a group is centred on zero"})
-    order: Literal["activation", "columns"] = field(
+    order: Order = field(
         default="activation", metadata={"help": "gptq: columns with the largest inputs first, or as they stand"}
     )
     compute: Literal["float32", "int8"] = field(
@@ -55,10 +63,8 @@ class Int4:
     seed: int = field(default=0, metadata={"help": "chooses the calibration texts"})
 
     def __post_init__(self) -> None:
-        if self.group_size not in {32, 64, 128}:
-            raise SettingError(f"int4: group_size must be 128, 64 or 32, got {self.group_size}")
-        if self.calibration < 1:
-            raise SettingError(f"int4: calibration must be at least 1, got {self.calibration}")
+        check_group_size(self.name, self.group_size)
+        check_calibration(self.name, self.calibration)
 
     def apply(self, job: GraphJob) -> Result:
         """Calibrate, choose codes, gate, and return the graph."""
@@ -98,11 +104,8 @@ class Int4:
             gram = torch.from_numpy(seen.pop(group.input))
             for n in group.nodes:
                 weight = torch.from_numpy(np.ascontiguousarray(graph.constant(n.input[1]).T))
-                coded[n.name] = code = self._choose(weight, gram)
+                coded[n.name] = code = choose_codes(
+                    self.algorithm, weight, gram, self.group_size, symmetric=self.symmetric, order=self.order
+                )
                 layers[module_of(n)] = {"relative_error": relative_error(weight, code, gram)}
         return coded, layers
-
-    def _choose(self, weight: torch.Tensor, gram: torch.Tensor) -> Coded:
-        if self.algorithm == "rtn":
-            return round_to_nearest(weight, gram, self.group_size, symmetric=self.symmetric)
-        return gptq(weight, gram, self.group_size, symmetric=self.symmetric, order=self.order)

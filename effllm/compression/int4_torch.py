@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,10 +21,9 @@ from effllm.compression.codes import (
     outer_linears,
     replace_weights,
 )
-from effllm.compression.gptq import Coded, check_groups, gptq, relative_error, round_to_nearest
+from effllm.compression.gptq import Algorithm, Order, check_group_size, check_groups, choose_codes, relative_error
 from effllm.compression.layers import linears
-from effllm.compression.method import Changed, Stage, WeightsJob
-from effllm.errors import SettingError
+from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
@@ -40,21 +39,19 @@ class Int4Torch:
     identity: ClassVar[Mapping[str, Any]] = {}
     baseline: ClassVar[str] = "int4-torch:algorithm=rtn"
 
-    algorithm: Literal["gptq", "rtn"] = field(
+    algorithm: Algorithm = field(
         default="gptq", metadata={"help": "let later columns make up for rounding (gptq), or round each weight (rtn)"}
     )
     group_size: int = field(default=128, metadata={"help": "weights along a row that share a scale: 128, 64 or 32"})
-    order: Literal["activation", "columns"] = field(
+    order: Order = field(
         default="activation", metadata={"help": "gptq: columns with the largest inputs first, or as they stand"}
     )
     calibration: int = field(default=500, metadata={"help": "how many calibration texts to use"})
     seed: int = field(default=0, metadata={"help": "chooses the calibration texts"})
 
     def __post_init__(self) -> None:
-        if self.group_size not in {32, 64, 128}:
-            raise SettingError(f"int4-torch: group_size must be 128, 64 or 32, got {self.group_size}")
-        if self.calibration < 1:
-            raise SettingError(f"int4-torch: calibration must be at least 1, got {self.calibration}")
+        check_group_size(self.name, self.group_size)
+        check_calibration(self.name, self.calibration)
 
     def check(self, source: Source) -> None:
         """Raise where the package is missing, the model was pruned, or the groups do not divide a layer's inputs."""
@@ -75,7 +72,7 @@ class Int4Torch:
         chosen = linears(job.model)
         for name, linear in job.track(chosen.items(), "quantising", len(chosen)):
             weight, gram = linear.weight.detach(), moments.pop(name).gram
-            coded = self._choose(weight, gram)
+            coded = choose_codes(self.algorithm, weight, gram, self.group_size, symmetric=True, order=self.order)
             layers[name] = {"relative_error": relative_error(weight, coded, gram)}
             tensors[names[id(linear)]] = {
                 "weight_packed": pack_int32(coded.codes),
@@ -85,11 +82,6 @@ class Int4Torch:
         replace_weights(job, tensors, quantization_config(self.group_size, outer_linears(job.model)))
         note = "PyTorch expands the weights at the first pass: the file is small, the speed that of float32"
         return Changed({"layers": layers}, [note])
-
-    def _choose(self, weight: torch.Tensor, gram: torch.Tensor) -> Coded:
-        if self.algorithm == "rtn":
-            return round_to_nearest(weight, gram, self.group_size, symmetric=True)
-        return gptq(weight, gram, self.group_size, symmetric=True, order=self.order)
 
 
 def pack_int32(codes: torch.Tensor) -> torch.Tensor:

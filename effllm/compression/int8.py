@@ -31,7 +31,7 @@ from effllm.compression.int8_graph import (
     quantize_static,
     shift_biases,
 )
-from effllm.compression.method import GraphJob, Result, Stage
+from effllm.compression.method import GraphJob, Result, Stage, check_calibration
 from effllm.compression.sensitivity import rank
 from effllm.compression.trials import Trial, latencies, latency_rows, try_out
 from effllm.compression.walk import Observed, observe
@@ -68,8 +68,7 @@ class Int8:
     def __post_init__(self) -> None:
         if not 0 <= self.smooth <= 1:
             raise SettingError(f"int8: smooth must be between 0 and 1, got {self.smooth}")
-        if self.calibration < 1:
-            raise SettingError(f"int8: calibration must be at least 1, got {self.calibration}")
+        check_calibration(self.name, self.calibration)
         if self.float_layers < 0:
             raise SettingError(f"int8: float_layers must be at least 0, got {self.float_layers}")
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from effllm.compression.calibrate import feeds
 from effllm.compression.fisher import per_example_gradients
 from effllm.compression.layers import layer_list
-from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 from effllm.errors import SettingError
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class Layers:
     def __post_init__(self) -> None:
         if min(self.keep, self.drop) < 0 or (self.keep and self.drop):
             raise SettingError(f"layers: give one of keep and drop, 1 or more, got keep={self.keep}, drop={self.drop}")
-        if self.calibration < 1:
-            raise SettingError(f"layers: calibration must be at least 1, got {self.calibration}")
+        check_calibration(self.name, self.calibration)
 
     def check(self, source: Source) -> None:
         """Raise SettingError when the model does not have as many layers as should stay or go."""

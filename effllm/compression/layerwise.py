@@ -9,18 +9,11 @@ import torch
 
 from effllm.compression.calibrate import Moments, feeds, watching
 from effllm.compression.layers import layer_list, linears
-from effllm.errors import SettingError
 from effllm.progress import Track, silent
 from effllm.runtime.tokenizer import Encoding
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with besides the hidden states: positional and named arguments."""
-
-
-def check_calibration(method: str, calibration: int) -> None:
-    """Raise SettingError for a number of calibration texts below 1."""
-    if calibration < 1:
-        raise SettingError(f"{method}: calibration must be at least 1 text, got {calibration}")
 
 
 def layer_by_layer(

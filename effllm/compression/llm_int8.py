@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 
-from effllm.compression.codes import check_codes, check_plain, inner_linears, load_coded, outer_linears
+from effllm.compression.codes import check_codes, code_by_bitsandbytes
 from effllm.compression.method import Changed, Stage, WeightsJob
 from effllm.errors import SettingError
 
@@ -43,12 +43,7 @@ class LlmInt8:
 
     def apply(self, job: WeightsJob) -> Changed:
         """Hand over the model, its inner linear layers in codes."""
-        check_plain(self.name, job.model)
-        names, ignore = list(inner_linears(job.model)), outer_linears(job.model)
-        config = transformers.BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=ignore
-        )
-        job.model.save_pretrained(job.work / "dense")
-        load_coded(job, job.work / "dense", config)
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.threshold)
+        details = code_by_bitsandbytes(self.name, job, config)
         note = "which input channels are outliers depends on the batch; on a CPU slower than float32 at these sizes"
-        return Changed({"layers": names, "float": ignore}, [note], batch_dependent=self.threshold > 0)
+        return Changed(details, [note], batch_dependent=self.threshold > 0)

@@ -18,7 +18,7 @@ from torch import nn
 
 from effllm.compression.calibrate import observe
 from effllm.compression.layers import linears, replace_linear
-from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 from effllm.compression.slicing import check_plain
 from effllm.errors import SettingError
 from effllm.hf import LowRankLinear
@@ -50,8 +50,7 @@ class LowRank:
                 f"lowrank: rank must be above 0, energy at least 0, both at most 1, got rank={self.rank}, "
                 f"energy={self.energy}"
             )
-        if self.calibration < 1:
-            raise SettingError(f"lowrank: calibration must be at least 1, got {self.calibration}")
+        check_calibration(self.name, self.calibration)
 
     def check(self, source: Source) -> None:
         """Raise Unsupported where a layer is sparse or factored already."""

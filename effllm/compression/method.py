@@ -13,6 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from effllm.errors import SettingError
 from effllm.measure.quality import Comparison
 from effllm.progress import Track
 from effllm.rows import Row
@@ -44,6 +45,12 @@ class Stage(IntEnum):
     """Quantises the exported ONNX graph; nothing can follow."""
     SEARCH = 7
     """Tries rows of the other methods; stands alone."""
+
+
+def check_calibration(method: str, calibration: int) -> None:
+    """Raise SettingError for a number of calibration texts below 1."""
+    if calibration < 1:
+        raise SettingError(f"{method}: calibration must be at least 1, got {calibration}")
 
 
 class Calibrated:

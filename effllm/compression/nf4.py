@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import transformers
 
-from effllm.compression.codes import check_codes, check_plain, inner_linears, load_coded, outer_linears
+from effllm.compression.codes import check_codes, code_by_bitsandbytes
 from effllm.compression.method import Changed, Stage, WeightsJob
 
 if TYPE_CHECKING:
@@ -35,16 +35,12 @@ class Nf4:
 
     def apply(self, job: WeightsJob) -> Changed:
         """Hand over the model, its inner linear layers in codes."""
-        check_plain(self.name, job.model)
-        names, ignore = list(inner_linears(job.model)), outer_linears(job.model)
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=self.double_quantisation,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=ignore,
         )
-        job.model.save_pretrained(job.work / "dense")
-        load_coded(job, job.work / "dense", config)
+        details = code_by_bitsandbytes(self.name, job, config)
         note = "weights are expanded for every product: smaller in memory; on a CPU slower than float32 at these sizes"
-        return Changed({"layers": names, "float": ignore}, [note])
+        return Changed(details, [note])

@@ -21,9 +21,8 @@ from torch.nn import functional
 from effllm.compression.fisher import per_example_gradients
 from effllm.compression.gradual import check_gradual, cubic, prune_while_training
 from effllm.compression.layers import linears, weight_of
-from effllm.compression.layerwise import check_calibration
 from effllm.compression.masks import Pattern, check_pattern, set_masks
-from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 from effllm.errors import SettingError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from effllm import machine
-from effllm.compression.gptq import check_groups
+from effllm.compression.gptq import check_group_size, check_groups
 from effllm.compression.grids import weight_levels
 from effllm.compression.layers import linears
 from effllm.compression.method import Changed, Stage, WeightsJob
@@ -57,8 +57,7 @@ class Qat:
         check_training(self)
         if self.bits not in {4, 8}:
             raise SettingError(f"qat: bits must be 8 or 4, got {self.bits}")
-        if self.group_size not in {32, 64, 128}:
-            raise SettingError(f"qat: group_size must be 128, 64 or 32, got {self.group_size}")
+        check_group_size(self.name, self.group_size)
         if not self.logits + self.hidden + self.label_weight > 0:
             raise SettingError("qat: one of logits, hidden and label_weight must be above 0")
 

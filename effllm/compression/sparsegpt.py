@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from effllm.compression.layers import linears, weight_of
-from effllm.compression.layerwise import check_calibration, layer_by_layer
+from effllm.compression.layerwise import layer_by_layer
 from effllm.compression.masks import N_OF_M, Pattern, check_pattern, set_masks
-from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 from effllm.errors import SettingError
 from effllm.hf import SparseLinear
 

@@ -15,9 +15,9 @@ import torch
 
 from effllm.compression.calibrate import Moments, observe
 from effllm.compression.layers import linears, weight_of
-from effllm.compression.layerwise import check_calibration, layer_by_layer
+from effllm.compression.layerwise import layer_by_layer
 from effllm.compression.masks import Pattern, check_pattern, set_masks
-from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source

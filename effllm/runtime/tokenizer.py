@@ -146,6 +146,10 @@ class TextTokenizer:
         )
 
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""The arrays that `pad_batch` makes; a model takes those that its forward pass names."""
+
+
 def pad_batch(encodings: Sequence[Encoding], pad_id: int) -> dict[str, np.ndarray]:
     """Stack encodings into int64 arrays (B, T_max) `input_ids`, `attention_mask`, `token_type_ids`, padded right."""
     width = max(len(e) for e in encodings)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import effllm.hf  # noqa: F401 - lets from_pretrained read pruned folders
+from effllm.runtime.tokenizer import INPUTS
 
 
 class TorchEngine:
@@ -22,7 +23,7 @@ class TorchEngine:
     def __init__(self, model: Any) -> None:
         self._model = model
         names = inspect.signature(model.forward).parameters
-        self.inputs = tuple(n for n in ("input_ids", "attention_mask", "token_type_ids") if n in names)
+        self.inputs = tuple(n for n in INPUTS if n in names)
 
     @classmethod
     def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:

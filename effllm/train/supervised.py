@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from effllm.data.order import permuted
-from effllm.runtime.tokenizer import Encoding, TextTokenizer, pad_batch
+from effllm.runtime.tokenizer import INPUTS, Encoding, TextTokenizer, pad_batch
 from effllm.tasks import Example, Head, Task
 from effllm.tasks.task import IGNORED
 from effllm.train.distil import COMPONENTS, EMBEDDING, Distillation, Seen, observe
@@ -29,7 +29,6 @@ from effllm.train.settings import FinetuneSettings
 
 PER_TOKEN = ("token-classification", "fill-mask")
 """The tasks whose outputs are one distribution per token, each of which counts."""
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
