@@ -29,6 +29,7 @@ class TorchEngine:
     def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:
         """Load a transformers folder with the given `AutoModel…` class."""
         torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()
         model = getattr(transformers, auto_class).from_pretrained(path, dtype=cls.dtype)
         return cls(model.eval())
 
