@@ -114,4 +114,5 @@ def test_the_fit_brings_the_states_nearer_and_knows_the_residual_stream(tmp_path
         ]
     # The first block sees what the dense model's sees, so that there the fit alone decides.
     assert errors["weights"][0] < errors["scales"][0] < errors["none"][0]
-    assert max(errors["weights"][1], errors["scales"][1]) < errors["none"][1]
+    # A scale's fit is the best before the norm that follows it, not after: the last states promise nothing there.
+    assert errors["weights"][1] < errors["none"][1]
