@@ -40,7 +40,7 @@ class Case:
 
 
 CASES = {
-    "sst2": Case("text-classification", FinetuneSettings(epochs=1, learning_rate=1e-4, dropout=0, eval_every=421)),
+    "sst2": Case("text-classification", FinetuneSettings(epochs=2, learning_rate=1e-4, eval_every=421)),
     "banking77": Case("text-classification", FinetuneSettings(epochs=4, learning_rate=2e-4)),
     "stsb-en": Case("sentence-similarity", FinetuneSettings(epochs=3, learning_rate=3e-5)),
     "wnut17": Case("token-classification", FinetuneSettings(epochs=5, learning_rate=2e-4)),

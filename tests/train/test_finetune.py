@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,7 +21,7 @@ import effllm
 from effllm.errors import ArtifactError, SettingError, Unsupported
 from effllm.train.finetune import finetune
 from effllm.train.settings import FinetuneSettings
-from effllm.train.supervised import cut_passes
+from effllm.train.supervised import PASS_TOKENS, cut_passes
 
 GOOD, BAD = WORDS[:12], WORDS[12:24]
 
@@ -260,6 +262,20 @@ def test_passes_hold_every_example_once_and_keep_the_budget() -> None:
     assert [i for part in passes for i in part] == list(range(len(lengths)))
     assert all(len(part) * lengths[part[-1]] <= 64 for part in passes)
     assert len(cut_passes(lengths, 10_000, 3)) == 3
+    assert cut_passes([10, 100], 64, 1) == [[0], [1]]
+
+
+def test_passes_are_cut_where_the_fewest_tokens_are_padded() -> None:
+    lengths = sorted(np.random.default_rng(0).integers(3, 60, 9).tolist())
+
+    def cost(cuts: Iterable[int]) -> int:
+        bounds = [0, *cuts, len(lengths)]
+        sizes = [(b - a) * lengths[b - 1] for a, b in itertools.pairwise(bounds)]
+        return sum(sizes) + PASS_TOKENS * len(sizes) if max(sizes) <= 200 else 10**9
+
+    cuts = [c for n in range(len(lengths)) for c in itertools.combinations(range(1, len(lengths)), n)]
+    got = cut_passes(lengths, 200, 1)
+    assert cost(part[0] for part in got[1:]) == min(map(cost, cuts))
 
 
 @pytest.fixture(scope="module")
