@@ -1,8 +1,8 @@
 """Batches of labelled examples, and the module that is fine-tuned on them.
 
 A step's examples are sorted by length and cut into passes of at most `pass_tokens` padded tokens, where it costs least,
-so that short texts are not padded to the longest of the step. The loss is a sum over all passes divided by the count of the whole step,
-so the cuts change memory and speed and nothing else.
+so that short texts are not padded to the longest of the step. The loss is a sum over all passes divided by the count of
+the whole step, so the cuts change memory and speed and nothing else.
 """
 
 from __future__ import annotations
