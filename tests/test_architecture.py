@@ -12,18 +12,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "effllm"
 KERNELS = Path(__file__).parent.parent / "kernels" / "effllm_kernels"
 LEAVES = {"errors", "settings", "rows", "machine", "progress", "variant", "folder", "tasks", "hf"}
-NO_TORCH = {"runtime", "measure", "report", "data", "cli"} | LEAVES - {"hf"}
+NO_TORCH = {"runtime", "serving", "measure", "report", "data", "cli"} | LEAVES - {"hf"}
 # Each room of the house and the rooms it may import; every room may import the leaves.
 ARROWS = {
     "data": set(),
     "report": set(),
     "measure": set(),
     "runtime": set(),
+    "serving": {"runtime"},
     "exporters": {"data", "report", "runtime", "measure"},
     "compression": {"data", "exporters", "runtime", "measure", "train"},
     "lineup": {"data", "runtime", "measure", "compression"},
     "train": {"data", "report", "runtime", "measure"},
-    "cli": {"data", "runtime", "measure", "report", "exporters", "compression", "lineup", "train"},
+    "cli": {"data", "runtime", "serving", "measure", "report", "exporters", "compression", "lineup", "train"},
     "__main__": {"cli"},
     "__init__": {"compression", "data", "lineup", "runtime", "train"},
 }
