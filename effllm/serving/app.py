@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ try:
     from starlette.routing import Route
 
     from effllm.serving import documents, forms
-    from effllm.serving.exchange import Operation, Receive, Send, Shared
+    from effllm.serving.exchange import RELEASE, Operation, Receive, Send, Shared
     from effllm.serving.gate import CALL, Gate, send_reply
     from effllm.serving.metrics import Metrics
     from effllm.serving.operations import operations
@@ -35,7 +34,7 @@ def create_app(models: Models, settings: ServeSettings) -> FastAPI:
     shared = Shared(models, settings, Metrics(models), read_key(settings.api_key_file))
     app = FastAPI(
         title="effllm serve",
-        version=importlib.metadata.version("effllm"),
+        version=RELEASE,
         openapi_url=None,
         redirect_slashes=False,
         exception_handlers={starlette.exceptions.HTTPException: _no_route},

@@ -7,6 +7,7 @@ that neither can tell another story than the other.
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
@@ -27,6 +28,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+RELEASE = importlib.metadata.version("effllm")
 JSON = b"application/json"
 MAX_JSON_ERROR = 200
 
@@ -192,13 +194,17 @@ def _unreadable(content: bytes, error: orjson.JSONDecodeError) -> HttpError:
 def _invalid(error: pydantic.ValidationError) -> HttpError:
     """Return the error of the field that is wrong, by its path; of a choice of types, where most of it was right."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
-    paths = [[str(part) for part in one["loc"] if isinstance(part, int) or part.isidentifier()] for one in found]
-    paths = [[part for part in path if part not in {"str", "int", "bool"}] for path in paths]
+    paths = [[str(part) for part in one["loc"] if isinstance(part, int) or _is_field(part)] for one in found]
     best = max(range(len(found)), key=lambda i: len(paths[i]))
     path = ".".join(paths[best])
     messages = dict.fromkeys(one["msg"] for one, own in zip(found, paths, strict=True) if own == paths[best])
     text = ", or ".join(messages).removeprefix("Value error, ")
     return HttpError(422, "invalid", text[:1].lower() + text[1:], param=path or "body")
+
+
+def _is_field(part: str) -> bool:
+    """Return whether a part of an error's place is a field, not the name of one of the types to choose from."""
+    return part.isidentifier() and part.islower() and part not in {"str", "int", "bool"}
 
 
 def json_reply(value: Any, headers: Headers | None = None, status: int = 200) -> Reply:

@@ -16,6 +16,9 @@ import orjson
 
 from effllm.serving import refusals
 
+MAX_MESSAGE = 500
+"""The most characters of a message, which may repeat what a client wrote."""
+
 
 class Api(Enum):
     """Whose form an answer has."""
@@ -73,21 +76,25 @@ TEI_TYPES = {"empty": "Empty", "queue_full": "Overloaded", "deadline_passed": "O
 
 def of_refusal(refused: refusals.Refused) -> HttpError:
     """Return what a refusal is in HTTP. A full queue carries Retry-After, whole seconds from 1 on."""
-    headers, message = {}, str(refused)
+    headers, message = {}, _short(str(refused))
     if isinstance(refused, refusals.QueueFull):
         headers["retry-after"] = str(max(1, math.ceil(min(refused.retry_after_s, 3600))))
     if isinstance(refused, (refusals.NotReady, refusals.WorkerDied)):
         headers["retry-after"] = "1"
-    param = f"inputs.{refused.index}" if isinstance(refused, refusals.BadInput) else ""
-    if param:
-        message = f"input {refused.index}: {message}" if isinstance(refused, refusals.BadInput) else message
+    param = ""
+    if isinstance(refused, refusals.BadInput):
+        param = f"inputs.{refused.index}"
     code = next((CODES[kind] for kind in type(refused).__mro__ if kind in CODES), "failed")
     return HttpError(refused.status, code, message, param=param, headers=headers)
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"
+
+
 def of_status(status: int, path: str, headers: Mapping[str, str] | None = None) -> HttpError:
     """Return the error of a path or method that is not served."""
-    shown = path if len(path) <= 200 else path[:200] + "…"
+    shown = _short(path)
     message = f"there is no {shown!r} here; GET /docs lists what there is"
     if status == 405:
         allowed = (headers or {}).get("Allow", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import orjson
 import pydantic
 
-from effllm.serving.exchange import Call, Reply, Shared, ask, check_texts, json_reply, timings
+from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, timings
 from effllm.serving.forms import HttpError
 from effllm.serving.refusals import UnknownModel
 from effllm.serving.served import Answers, ServedModel
@@ -123,7 +122,7 @@ def _model(shared: Shared, call: Call) -> ServedModel:
 
 async def server(shared: Shared, call: Call, body: None) -> Reply:
     """Return what the server is."""
-    return json_reply({"name": "effllm", "version": importlib.metadata.version("effllm"), "extensions": []})
+    return json_reply({"name": "effllm", "version": RELEASE, "extensions": []})
 
 
 async def live(shared: Shared, call: Call, body: None) -> Reply:

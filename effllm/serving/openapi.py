@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pydantic
 from pydantic.json_schema import models_json_schema
 
-from effllm.serving.exchange import Operation
+from effllm.serving.exchange import RELEASE, Operation
 from effllm.serving.forms import Api
 from effllm.serving.gate import OPEN
 
@@ -95,7 +94,7 @@ def describe(operations: Sequence[Operation]) -> dict[str, Any]:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, shown)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "effllm serve", "version": importlib.metadata.version("effllm"), "description": ABOUT},
+        "info": {"title": "effllm serve", "version": RELEASE, "description": ABOUT},
         "paths": paths,
         "components": {
             "schemas": dict(sorted(schemas.items())),

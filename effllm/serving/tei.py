@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,10 @@ from effllm.serving.answers import (
     span_answer,
     words_of,
 )
-from effllm.serving.exchange import Call, Reply, Shared, ask, check_texts, json_reply, timings
+from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, timings
 from effllm.serving.forms import HttpError
 from effllm.serving.refusals import BadInput, WrongTask
-from effllm.serving.served import TOKEN_STATES, ModelInfo, ServedModel, TokenPiece
+from effllm.serving.served import POOLED, TOKEN_STATES, ModelInfo, ServedModel, TokenPiece
 from effllm.serving.tei_bodies import (
     EmbedAllRequest,
     EmbedRequest,
@@ -32,7 +31,6 @@ from effllm.serving.tei_bodies import (
     TokenizeRequest,
 )
 from effllm.tasks import Example
-from effllm.tasks.feature_extraction import pool
 
 EMBEDDING = ("feature-extraction", "sentence-similarity")
 PREDICTING = ("text-classification", "token-classification", "fill-mask", "question-answering")
@@ -64,11 +62,9 @@ async def embed(shared: Shared, call: Call, body: EmbedRequest) -> Reply:
     model = _find(shared, call, body.model, *EMBEDDING)
     check_dimensions(model, body.dimensions)
     examples = [Example(text) for text in texts]
-    task = EMBEDDING[0] if body.normalize else TOKEN_STATES
+    task = EMBEDDING[0] if body.normalize else POOLED
     answers = await ask(shared, call, model, examples, task=task, truncate=body.truncate)
     vectors = [result.value for result in answers.results]
-    if not body.normalize:
-        vectors = [pool(states, model.info.pooling) for states in vectors]
     return json_reply(shortened(np.stack(vectors), body.dimensions, unit=body.normalize), timings(call, answers))
 
 
@@ -252,7 +248,7 @@ async def info(shared: Shared, call: Call, body: None) -> Reply:
         "max_batch_requests": None,
         "max_client_batch_size": settings.max_inputs,
         "auto_truncate": settings.truncate,
-        "version": importlib.metadata.version("effllm"),
+        "version": RELEASE,
         "models": [model_value(model) for model in shared.models.models.values()],
     }
     return json_reply(value)

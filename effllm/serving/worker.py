@@ -214,9 +214,7 @@ def _run(predictor: Predictor, batch: Sequence[Piece]) -> list[Any]:
     return values
 
 
-def answer(
-    task: str, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head
-) -> Any:
+def answer(task: str, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
     """Return what a task answers, or of an embedding model the states or the pooled vector as they are."""
     if task == TOKEN_STATES:
         return outputs[0]["last_hidden_state"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from effllm.serving.refusals import UnknownModel, WrongTask
-from effllm.serving.served import TOKEN_STATES, Answers, ModelInfo, Result, TokenPiece
+from effllm.serving.served import POOLED, TOKEN_STATES, Answers, ModelInfo, Result, TokenPiece
 from effllm.tasks import Example
 from effllm.tasks.feature_extraction import pool, unit
 
@@ -67,6 +67,8 @@ class FakeModel:
         states = numbers(text, tokens * SIZE).reshape(tokens, SIZE)
         if task == TOKEN_STATES:
             return states
+        if task == POOLED:
+            return pool(states, "mean")
         if task in {"feature-extraction", "sentence-similarity"}:
             return unit(pool(states, "mean")).astype(np.float32)
         if task == "text-classification":
