@@ -1,7 +1,7 @@
 """Which inputs run next: a queue and a packer, without threads, clocks or models.
 
-Requests share the engine by start-time fair queueing (Goyal, Vin and Cheng 1996, section 2): an input is tagged with the
-virtual time at which it would start if every request were served alone at an equal rate, and the smallest tag runs
+Requests share the engine by start-time fair queueing (Goyal, Vin and Cheng 1996, section 2): an input is tagged with
+the virtual time at which it would start if every request were served alone at an equal rate, and the smallest tag runs
 first. So a request of one text that comes after one of a hundred waits for a batch, not for a hundred texts. A batch
 goes out whenever one is asked for; nothing waits for company.
 """

@@ -83,7 +83,7 @@ class ServedModel(Protocol):
     async def answer(
         self, examples: Sequence[Example], *, task: str = "", truncate: bool = True, deadline_s: float | None = None
     ) -> Answers:
-        """Answer examples. `task` is the model's own by default; an embedding model also takes `TOKEN_STATES` and `POOLED`.
+        """Answer examples. `task` is the model's own by default; embedding models take `TOKEN_STATES` and `POOLED` too.
 
         Raises a `Refused`. Cancelling the call frees the places of its inputs.
         """

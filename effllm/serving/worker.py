@@ -21,7 +21,7 @@ from typing import Any
 from effllm import machine
 from effllm.errors import ArtifactError, EffllmError
 from effllm.runtime.predictor import Predictor
-from effllm.runtime.tokenizer import Encoding, pad_batch
+from effllm.runtime.tokenizer import Encoding
 from effllm.serving.served import POOLED, TOKEN_STATES, ModelInfo
 from effllm.tasks import TASKS, Example, Head
 from effllm.tasks.feature_extraction import pool
@@ -58,7 +58,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of a batch: for each piece its answer, its raw outputs, or the error; times of the monotonic clock."""
+    """What became of a batch: for each piece its answer, its raw outputs or a `PieceFailed`; times are monotonic."""
 
     values: list[Any]
     started_s: float
@@ -82,6 +82,7 @@ class Worker:
         self._process.start()
         theirs.close()
         self._out: queue.SimpleQueue[list[Piece] | None] = queue.SimpleQueue()
+        self._listening = False
 
     @property
     def pid(self) -> int:
@@ -103,6 +104,7 @@ class Worker:
 
     def listen(self, on_ran: Callable[[Ran], None], on_end: Callable[[], None]) -> None:
         """Start the threads that send batches and hand over what they became; `on_end` follows the last of it."""
+        self._listening = True
         threading.Thread(target=self._send, daemon=True).start()
         threading.Thread(target=self._receive, args=(on_ran, on_end), daemon=True).start()
 
@@ -113,9 +115,10 @@ class Worker:
     def close(self) -> None:
         """End the process; what was submitted before is lost."""
         self._out.put(None)
-        self._pipe.close()
         self._process.kill()
         self._process.join(5)
+        if not self._listening:
+            self._pipe.close()  # else the thread that reads it does, as the number could be another file's at once
 
     def _send(self) -> None:
         while (batch := self._out.get()) is not None:
@@ -128,7 +131,8 @@ class Worker:
         while True:
             try:
                 ran = self._pipe.recv()
-            except (EOFError, OSError, TypeError):  # a pipe that is closed meanwhile has no handle
+            except (EOFError, OSError):
+                self._pipe.close()
                 on_end()
                 return
             on_ran(ran)
@@ -203,15 +207,10 @@ def _run_all(predictor: Predictor, batch: Sequence[Piece]) -> list[Any]:
 
 def _run(predictor: Predictor, batch: Sequence[Piece]) -> list[Any]:
     encodings = [dataclasses.replace(piece.encoding, tokenizer=predictor.tokenizer) for piece in batch]
-    output = predictor.engine.run(pad_batch(encodings, predictor.tokenizer.pad_id))
-    values = []
-    for row, (piece, encoding) in enumerate(zip(batch, encodings, strict=True)):
-        own = {
-            name: output[name][row, : len(encoding)] if predictor.task.per_token else output[name][row]
-            for name in predictor.task.outputs
-        }
-        values.append(answer(piece.task, piece.example, [encoding], [own], predictor.head) if piece.example else own)
-    return values
+    return [
+        answer(piece.task, piece.example, [encoding], [own], predictor.head) if piece.example else own
+        for piece, encoding, own in zip(batch, encodings, predictor.run_batch(encodings), strict=True)
+    ]
 
 
 def answer(task: str, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
