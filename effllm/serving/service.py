@@ -156,23 +156,3 @@ class Service:
         while not instance.idle and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
         await instance.close()
-
-
-def name_folders(folders: Sequence[str]) -> dict[str, Path]:
-    """Return served name -> folder for `DIR` and `NAME=DIR`; folders of the same name get their parent's before it.
-
-    Raises SettingError for a name that is given twice.
-    """
-    found: dict[str, Path] = {}
-    plain = [Path(folder) for folder in folders if "=" not in folder]
-    for folder in folders:
-        given, _, rest = folder.rpartition("=")
-        path = Path(rest)
-        twins = [other for other in plain if other.resolve().name == path.resolve().name]
-        name = given or path.resolve().name
-        if not given and len(twins) > 1:
-            name = f"{path.resolve().parent.name}-{name}"
-        if name in found:
-            raise SettingError(f"two models would be served as {name!r}; name them with NAME=DIR")
-        found[name] = path
-    return found

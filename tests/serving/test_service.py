@@ -31,7 +31,7 @@ from effllm.serving.refusals import (
     WrongTask,
 )
 from effllm.serving.served import POOLED, TOKEN_STATES
-from effllm.serving.service import Service, name_folders
+from effllm.serving.service import Service
 from effllm.serving.settings import ServeSettings
 from effllm.tasks import Example
 
@@ -326,12 +326,3 @@ def test_tokens_are_told_as_the_model_sees_them(folders: dict[str, Path]) -> Non
         assert (tokens[2].start, tokens[2].stop) == (len(WORDS[0]) + 1, len(WORDS[0]) + 1 + len(WORDS[1]))
 
     run(classifier(folders), test)
-
-
-def test_names_come_from_folders(tmp_path: Path) -> None:
-    a, b = tmp_path / "a" / "model", tmp_path / "b" / "model"
-    assert name_folders([str(a)]) == {"model": a}
-    assert list(name_folders([str(a), str(b)])) == ["a-model", "b-model"]
-    assert list(name_folders([f"first={a}", str(b)])) == ["first", "model"]
-    with pytest.raises(SettingError, match="NAME=DIR"):
-        name_folders([f"x={a}", f"x={b}"])
