@@ -121,7 +121,7 @@ def test_models_are_found_by_name_and_by_task(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         assert service.find(None).info.name == TASKS[0]
         assert service.find(None, "fill-mask").info.name == "fill-mask"
-        with pytest.raises(UnknownModel, match="'nothing'.*text-classification"):
+        with pytest.raises(UnknownModel, match=r"'nothing'.*text-classification"):
             service.find("nothing")
         with pytest.raises(WrongTask, match="fill-mask answers fill-mask, not"):
             service.find("fill-mask", "feature-extraction")
