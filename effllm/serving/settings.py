@@ -1,4 +1,4 @@
-"""The settings of a server. The flags of `effllm serve` are made from these fields."""
+"""The settings of a server and of a cluster. The flags of `effllm serve` are made from these fields."""
 
 from __future__ import annotations
 
@@ -41,3 +41,23 @@ class ServeSettings:
                 f"--max-queue ({self.max_queue}) must be at least --max-inputs ({self.max_inputs}): "
                 "the largest request allowed has to fit into an empty queue"
             )
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """Which Ray cluster, how many replicas there are, and when there are more of them."""
+
+    ray_address: str = field(default="auto", metadata={"help": "with --ray: the cluster; local = start one here"})
+    ray_app: str = field(default="effllm", metadata={"help": "with --ray: the application; the same name updates it"})
+    min_replicas: int = field(default=1, metadata={"help": "with --ray: replicas without load"})
+    max_replicas: int = field(default=4, metadata={"help": "with --ray: replicas under load"})
+    target_requests: int = field(default=16, metadata={"help": "with --ray: requests per replica that scaling aims at"})
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise SettingError(
+                f"--min-replicas ({self.min_replicas}) must be at least 1 and at most --max-replicas "
+                f"({self.max_replicas})"
+            )
+        if self.target_requests < 1:
+            raise SettingError(f"--target-requests must be at least 1, got {self.target_requests}")

@@ -15,7 +15,7 @@ from conftest import make_model
 
 import effllm
 from effllm.errors import SettingError
-from effllm.serving.settings import ServeSettings
+from effllm.serving.settings import RaySettings, ServeSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ray = pytest.importorskip("ray")
@@ -75,7 +75,7 @@ class Load:
 
 
 def deploy(folder: Path, name: str) -> None:
-    from effllm.serving.ray import RaySettings, deploy
+    from effllm.serving.ray import deploy
 
     deploy({name: folder}, SETTINGS, RaySettings(min_replicas=2, max_replicas=2))
 
@@ -117,9 +117,9 @@ def test_an_update_drops_no_request(cluster: Any, folder: Path) -> None:
 
 
 def test_a_cluster_that_is_not_there_is_named(folder: Path) -> None:
-    from effllm.serving.ray import RaySettings, deploy
+    from effllm.serving.ray import deploy
 
     if ray.is_initialized():
         pytest.skip("this process has a cluster")
     with pytest.raises(SettingError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
-        deploy({"a": folder}, SETTINGS, RaySettings(address="127.0.0.1:1"))
+        deploy({"a": folder}, SETTINGS, RaySettings(ray_address="127.0.0.1:1"))
