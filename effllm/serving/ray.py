@@ -70,16 +70,13 @@ def deploy(folders: Mapping[str, Path], settings: ServeSettings, scale: RaySetti
     """
     if not ray.is_initialized():
         try:
-            ray.init(
-                None if scale.ray_address == "local" else scale.ray_address,
-                log_to_driver=False,
-                configure_logging=False,
-            )
+            address = None if scale.ray_address == "local" else scale.ray_address
+            ray.init(address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, ValueError) as error:
             raise SettingError(f"no Ray cluster at {scale.ray_address}: {error}") from None
     serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
     queue = settings.max_queue
-    deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
+    deployment = serve.deployment(Replica).options(
         name="models",
         ray_actor_options={"num_cpus": settings.threads or 1},
         autoscaling_config=AutoscalingConfig(

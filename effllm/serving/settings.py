@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from effllm.errors import SettingError
 
@@ -13,7 +14,7 @@ class ServeSettings:
 
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 for all of them"})
     port: int = field(default=8080, metadata={"help": "port to listen on; 0 = any free one"})
-    engine: str = field(default="", metadata={"help": "onnxruntime or openvino; empty = onnxruntime"})
+    engine: Literal["onnxruntime", "openvino"] = field(default="onnxruntime", metadata={"help": "what runs the models"})
     threads: int = field(default=0, metadata={"help": "threads per model; 0 = the cores that this process may use"})
     max_tokens: int = field(default=1024, metadata={"help": "padded tokens in one batch"})
     max_queue: int = field(default=256, metadata={"help": "inputs waiting per model; beyond it requests get 429"})
