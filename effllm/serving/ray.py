@@ -75,20 +75,21 @@ def deploy(folders: Mapping[str, Path], settings: ServeSettings, scale: RaySetti
         except (ConnectionError, ValueError) as error:
             raise SettingError(f"no Ray cluster at {scale.ray_address}: {error}") from None
     serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
-    queue = settings.max_queue
+    threads = settings.threads or 1
     deployment = serve.deployment(Replica).options(
         name="models",
-        ray_actor_options={"num_cpus": settings.threads or 1},
+        ray_actor_options={"num_cpus": threads},
         autoscaling_config=AutoscalingConfig(
             min_replicas=scale.min_replicas,
             max_replicas=scale.max_replicas,
             target_ongoing_requests=scale.target_requests,
         ),
         max_ongoing_requests=max(2 * scale.target_requests, 8),
-        max_queued_requests=queue,
+        max_queued_requests=settings.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=math.ceil(settings.drain),
         health_check_period_s=2,
     )
+    settings = dataclasses.replace(settings, threads=threads)
     paths = {name: str(path.absolute()) for name, path in folders.items()}
     serve.run(deployment.bind(paths, dataclasses.asdict(settings)), name=scale.ray_app, route_prefix="/")
