@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import itertools
+import signal
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,14 +41,21 @@ MOST_IN_FLIGHT = 4096
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in an event loop of its own, uvloop's where it is installed."""
+    """Run a coroutine in an event loop of its own, uvloop's where it is installed. Ctrl-C cancels it."""
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if importlib.util.find_spec("uvloop"):
         import uvloop  # noqa: PLC0415 - optional
 
         factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main)
+    main_thread = threading.current_thread() is threading.main_thread()
+    # The runner takes over Python's own handler only; any other would raise amid the loop's callbacks.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) if main_thread else None
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(main)
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 async def send_load(endpoint: Endpoint, groups: Sequence[Sequence[str]], load: Load) -> LoadRun:

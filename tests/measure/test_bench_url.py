@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -286,3 +290,22 @@ def test_rows_are_rows() -> None:
     with serving(at_once) as server:
         rows = load(server.url, clients=1, seconds=0.2).rows("s", {"clients": 1}, 1e3)
     assert all(Row.from_json(row.to_json()) == row for row in rows)
+
+
+def test_ctrl_c_is_one_line() -> None:
+    seen = threading.Event()
+
+    async def answer(request: Request) -> Reply:
+        if request.number == 50:
+            seen.set()
+        return Reply()
+
+    with serving(answer) as server:
+        command = [sys.executable, "-m", "effllm", "bench", "--url", server.url, "--clients", "8", "--seconds", "60"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert seen.wait(60)
+            process.send_signal(signal.SIGINT)
+            _, text = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert text.splitlines()[-1] == "interrupted; nothing was written"
+    assert "Traceback" not in text
