@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py DIR [--only peers,overload,kill,soak] [--litserve-python PYTHON]
 
-DIR is an embedding model that `effllm export` or `effllm compress` wrote, such as all-MiniLM-L6-v2. Every server runs as
-a process of its own with the same threads; the load comes from this process (`effllm bench --url` is the same code) and
+DIR is an embedding model that `effllm export` or `effllm compress` wrote, such as all-MiniLM-L6-v2. Every server is a
+process of its own with the same threads; the load comes from this process (`effllm bench --url` is the same code) and
 takes its share of the same cores. Writes `results/serving.jsonl`; with `--only`, rows of the other parts stay.
 
 - **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor (where
@@ -29,6 +29,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,11 @@ from effllm.rows import Row, read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 OURS, NAIVE, LITSERVE = "effllm serve", "FastAPI by hand", "LitServe"
-LOOP, SORTED_LOOP = "loop, 32 texts at a time", "loop, all texts sorted"
+LOOP, SORTED_LOOP = "loop, as many texts as clients", "loop, all texts sorted"
 CLIENTS = 32
 TEXTS = 2048
-LOADS = (
-    {"clients": CLIENTS, "tokens": (16, 64)},
-    {"clients": CLIENTS, "tokens": (8, 128)},
-    {"clients": 1, "tokens": (16, 64)},
-)
+LOADS = ((CLIENTS, 16, 64), (CLIENTS, 8, 128), (1, 16, 64))
+"""Clients, and the fewest and the most tokens of a text."""
 CLEAR = ("200", "429", "503")
 """The outcomes that tell a client where it stands."""
 
@@ -151,29 +149,34 @@ def peers(plan: Plan) -> Iterator[Row]:
         for server in servers:
             say(f"starting {server.name}")
             stack.enter_context(server)
-        for wanted in LOADS:
-            low, high = wanted["tokens"]
-            texts = texts_of_lengths(low, high, TEXTS)
-            clients, found = wanted["clients"], Rounds()
-            load = Load(clients=clients, seconds=plan.seconds, warm_up_s=1.0)
-            calls: dict[str, Callable[[], None]] = {
-                server.name: lambda server=server: found.add(server.name, drive(server, texts, load))
-                for server in servers
-            }
-            for name, chunk in ((LOOP, clients), *(((SORTED_LOOP, TEXTS),) if clients > 1 else ())):
-                calls[name] = lambda name=name, chunk=chunk: _loop_round(found, name, loop, texts, chunk, plan.seconds)
-            for index in range(plan.rounds):
-                say(f"{clients} clients, {low}–{high} tokens: round {index + 1} of {plan.rounds}")
-                names = list(calls)
-                for name in names[index % len(names) :] + names[: index % len(names)]:
-                    calls[name]()
+        for clients, low, high in LOADS:
+            found = _interleaved(plan, servers, loop, clients, texts_of_lengths(low, high, TEXTS))
             yield from found.rows(plan.how("peers", clients=clients, tokens=f"{low}–{high}"))
+
+
+def _interleaved(plan: Plan, servers: Sequence[ServerProcess], loop: RawLoop, clients: int, texts: list[str]) -> Rounds:
+    """Return what each system did with one load, round by round."""
+    found = Rounds()
+    load = Load(clients=clients, seconds=plan.seconds, warm_up_s=1.0)
+
+    def served(server: ServerProcess) -> None:
+        found.add(server.name, drive(server, texts, load))
+
+    calls: dict[str, Callable[[], None]] = {server.name: partial(served, server) for server in servers}
+    for name, chunk in ((LOOP, clients), *(((SORTED_LOOP, TEXTS),) if clients > 1 else ())):
+        calls[name] = partial(_loop_round, found, name, loop, texts, chunk, plan.seconds)
+    names = list(calls)
+    for index in range(plan.rounds):
+        say(f"{clients} clients: round {index + 1} of {plan.rounds}")
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            calls[name]()
+    return found
 
 
 def _loop_round(found: Rounds, name: str, loop: RawLoop, texts: list[str], chunk: int, seconds: float) -> None:
     answer = loop.run(texts, chunk, seconds)
     found.rates[name].append(answer["texts_per_s"])
-    if chunk == 1:
+    if chunk == 1:  # what one client waits for
         found.p50s[name].append(answer["p50_ms"])
 
 

@@ -1,4 +1,4 @@
-"""The server that people write by hand: in FastAPI's threads, transformers' tokenizer and one `session.run` per request.
+"""The server that people write by hand: transformers' tokenizer and one `session.run` a request, in FastAPI's threads.
 
     python benchmarks/peers/naive_fastapi.py DIR --port 9001 --threads 2
 
