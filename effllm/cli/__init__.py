@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "effllm.cli.eval:evaluate",
     "bench": "effllm.cli.bench:bench",
     "predict": "effllm.cli.predict:predict",
+    "serve": "effllm.cli.serve:serve",
     "report": "effllm.cli.report:report",
     "show": "effllm.cli.show:show",
     "doctor": "effllm.cli.doctor:doctor",

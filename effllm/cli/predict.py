@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if k not in {"embeddings", "index"}}
+        return {k: _plain(v) for k, v in value.items() if k not in {"embeddings", "index", "logits"}}
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 

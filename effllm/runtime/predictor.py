@@ -108,17 +108,23 @@ class Predictor:
         """
         results: list[Outputs] = [{} for _ in encodings]
         for batch in batches([len(e) for e in encodings], self.task.batch_tokens, batch_size):
-            chosen = [encodings[i] for i in batch]
-            output = self.engine.run(pad_batch(chosen, self.tokenizer.pad_id))
-            missing = [name for name in self.task.outputs if name not in output]
-            if missing:
-                raise ArtifactError(f"{self.name} has no output {missing[0]!r}; its outputs: {', '.join(output)}")
-            for row, index in enumerate(batch):
-                results[index] = {
-                    name: output[name][row, : len(encodings[index])] if self.task.per_token else output[name][row]
-                    for name in self.task.outputs
-                }
+            for index, outputs in zip(batch, self.run_batch([encodings[i] for i in batch]), strict=True):
+                results[index] = outputs
         return results
+
+    def run_batch(self, encodings: Sequence[Encoding]) -> list[Outputs]:
+        """Run encodings as one padded batch and return each one's own outputs, padding removed."""
+        output = self.engine.run(pad_batch(encodings, self.tokenizer.pad_id))
+        missing = [name for name in self.task.outputs if name not in output]
+        if missing:
+            raise ArtifactError(f"{self.name} has no output {missing[0]!r}; its outputs: {', '.join(output)}")
+        return [
+            {
+                name: output[name][row, : len(encoding)] if self.task.per_token else output[name][row]
+                for name in self.task.outputs
+            }
+            for row, encoding in enumerate(encodings)
+        ]
 
     def answers(self, examples: Sequence[Example], chunk: int = 128, batch_size: int | None = None) -> Iterator[Answer]:
         """Answer examples in order, `chunk` of them in memory at a time."""

@@ -105,6 +105,13 @@ class TextTokenizer:
         """Encode a text or a pair, truncating the longer one first to `max_length` tokens."""
         return self._encode_truncated(text, pair)
 
+    def pieces(self, text: str) -> list[tuple[int, str, bool, int, int]]:
+        """Return every token of a text, none cut off: its id, text, whether it is special, first character and end."""
+        self._backend.no_truncation()
+        raw = self._raw(text, None)
+        marks = zip(raw.ids, raw.tokens, raw.special_tokens_mask, raw.offsets, strict=True)
+        return [(token, piece, bool(special), start, end) for token, piece, special, (start, end) in marks]
+
     def encode_words(self, words: Sequence[str]) -> Encoding:
         """Encode a text that is already split into words; `word_ids` refer to them."""
         return self._encode_truncated(list(words), None, is_pretokenized=True)
@@ -121,17 +128,22 @@ class TextTokenizer:
         used = len(self._backend.encode(question, "").ids)
         stride = max(0, min(stride, (length - used) // 2))
         self._backend.enable_truncation(length, stride=stride, strategy="only_second")
-        first = self._backend.encode(question, passage)
+        first = self._raw(question, passage)
         return [self._encoding(window) for window in (first, *first.overflowing)]
 
     def _encode_truncated(self, text: Any, pair: str | None, *, is_pretokenized: bool = False) -> Encoding:
         self._backend.enable_truncation(self.max_length, strategy="longest_first")
-        raw, lost = self._backend.encode(text, pair, is_pretokenized=is_pretokenized), 0
+        raw, lost = self._raw(text, pair, is_pretokenized=is_pretokenized), 0
         if raw.overflowing:
             # The overflow of a pair combines the parts of both texts, so its tokens cannot simply be counted.
             self._backend.no_truncation()
-            lost = len(self._backend.encode(text, pair, is_pretokenized=is_pretokenized).ids) - len(raw.ids)
+            lost = len(self._raw(text, pair, is_pretokenized=is_pretokenized).ids) - len(raw.ids)
         return self._encoding(raw, lost)
+
+    def _raw(self, text: Any, pair: str | None, *, is_pretokenized: bool = False) -> Any:
+        """Encode as a batch of one: `encode` would hold the interpreter lock, seconds for a megabyte."""
+        given = text if pair is None else (text, pair)
+        return self._backend.encode_batch([given], is_pretokenized=is_pretokenized)[0]
 
     def _encoding(self, raw: Any, lost: int = 0) -> Encoding:
         return Encoding(

@@ -10,6 +10,8 @@ from effllm.tasks import Example
 
 TOKEN_STATES = "token-states"  # noqa: S105 - no password
 """Asked of an embedding model instead of its task: the value is float32 (T, H), one row per token."""
+POOLED = "pooled"
+"""Asked of an embedding model instead of its task: the value is float32 (H,), not scaled to length one."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ServedModel(Protocol):
     async def answer(
         self, examples: Sequence[Example], *, task: str = "", truncate: bool = True, deadline_s: float | None = None
     ) -> Answers:
-        """Answer examples. `task` is the model's own by default; an embedding model also takes `TOKEN_STATES`.
+        """Answer examples. `task` is the model's own by default; embedding models take `TOKEN_STATES` and `POOLED` too.
 
         Raises a `Refused`. Cancelling the call frees the places of its inputs.
         """

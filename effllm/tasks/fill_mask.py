@@ -49,15 +49,19 @@ class FillMask(Task):
         return [encoding.masked(ids, {place: encoding.ids[place] for place in chosen})]
 
     def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
-        """Return for each mask the five best tokens `{"token", "score"}`, and the best and true ids for scoring."""
+        """Return for each mask the five best `{"token", "id", "score"}`, and the best and true ids for scoring."""
         encoding, logits = encodings[0], outputs[0]["logits"]
         places = []
         for place in encoding.mask_places:
             best = logits[place].argsort()[::-1][:5]
             scores = softmax(logits[place])
+            tokens = [int(token) for token in best]
             places.append(
                 {
-                    "candidates": [{"token": encoding.token_text(int(i)), "score": float(scores[i])} for i in best],
+                    "candidates": [
+                        {"token": encoding.token_text(token), "id": token, "score": float(scores[token])}
+                        for token in tokens
+                    ],
                     "id": int(best[0]),
                     "true_id": encoding.masked_ids.get(place),
                 }

@@ -78,7 +78,11 @@ class TextClassification(Task):
         return [tokenizer.encode(str(example.text), example.text_pair)]
 
     def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
-        """Return `{"label", "score", "scores"}`; `score` is the probability, or the raw output of a one-output head."""
+        """Return `{"label", "score", "scores", "logits"}`; `score` is the probability.
+
+        `scores` are by label, best first; `logits` in the order of the head's labels. Of a one-output head, `{"label",
+        "score"}` with its raw output.
+        """
         logits = outputs[0]["logits"]
         if len(logits) == 1:
             return {"label": head.labels[0], "score": float(logits[0]), "index": 0}
@@ -88,7 +92,8 @@ class TextClassification(Task):
             scores = softmax(logits)
         best = int(scores.argmax())
         named = {head.labels[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")}
-        return {"label": head.labels[best], "score": float(scores[best]), "index": best, "scores": named}
+        answer = {"label": head.labels[best], "score": float(scores[best]), "index": best, "scores": named}
+        return answer | {"logits": logits.tolist()}
 
     def targets(self, example: Example, encodings: Sequence[Encoding], head: Head) -> list[dict[str, Any]]:
         """Return `labels`: the label's index, or the number for a one-output head."""

@@ -1,0 +1,84 @@
+"""The HTTP app over a server's models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from effllm.errors import MissingExtra, SettingError
+from effllm.serving.served import Models
+from effllm.serving.settings import ServeSettings
+
+try:
+    import starlette.exceptions
+    from fastapi import FastAPI
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from effllm.serving import documents, forms
+    from effllm.serving.exchange import RELEASE, Operation, Receive, Send, Shared
+    from effllm.serving.gate import CALL, Gate, send_reply
+    from effllm.serving.metrics import Metrics
+    from effllm.serving.operations import operations
+except ModuleNotFoundError as error:
+    raise MissingExtra(str(error.name), "serve", "serving over HTTP") from None
+
+
+def create_app(models: Models, settings: ServeSettings) -> FastAPI:
+    """Return the app that answers for `models`.
+
+    The routes come from the table of operations and bypass FastAPI's own parsing, which costs more than a small
+    model. Raises SettingError when the key file cannot be read or is empty.
+    """
+    shared = Shared(models, settings, Metrics(models), read_key(settings.api_key_file))
+    app = FastAPI(
+        title="effllm serve",
+        version=RELEASE,
+        openapi_url=None,
+        redirect_slashes=False,
+        exception_handlers={starlette.exceptions.HTTPException: _no_route},
+    )
+    for operation in operations():
+        route = Route(operation.path, _Endpoint(operation, shared), methods=[operation.method], name=operation.path)
+        app.router.routes.append(route)
+    app.openapi = documents.document  # type: ignore[method-assign]
+    app.add_middleware(Gate, shared=shared)
+    return app
+
+
+class _Endpoint:
+    """An operation as an ASGI app."""
+
+    def __init__(self, operation: Operation, shared: Shared) -> None:
+        self._operation = operation
+        self._shared = shared
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        call = scope[CALL]
+        call.template = self._operation.path
+        call.parameters = scope["path_params"]
+        reply = await self._operation(self._shared, call, receive)
+        await send_reply(reply, send, self._shared.settings.timeout)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer a path that is not served, or a method that it does not take."""
+    assert isinstance(error, starlette.exceptions.HTTPException)  # noqa: S101 - narrows the type
+    path = request.scope["path"]
+    shown = forms.of_status(error.status_code, path, error.headers)
+    body = forms.error_body(forms.api_of(path), shown)
+    return Response(body, error.status_code, dict(error.headers or {}), media_type="application/json")
+
+
+def read_key(file: str) -> bytes:
+    """Return the key in a file, empty for no file; it is read once, when the server starts."""
+    if not file:
+        return b""
+    try:
+        key = Path(file).read_bytes().strip()
+    except OSError as error:
+        raise SettingError(f"--api-key-file {file} cannot be read: {error.strerror}") from None
+    if not key or len(key.split()) != 1:
+        raise SettingError(f"--api-key-file {file} must hold one key, without spaces in it")
+    return key

@@ -1,0 +1,107 @@
+"""What uvicorn leaves open at its connections: clients that send slowly, too much, or too many of them.
+
+uvicorn has no limit on how long a request's head may take or how large it may be. Here a connection has
+`read_timeout` seconds for each head (body and answer have their own limits in the app), a head at most `MAX_HEAD`
+bytes, and beyond `max_connections` a new connection gets 503 at once. A body that is refused unread is read away for
+`LINGER` seconds, so that the client can finish sending and read why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from effllm.serving.settings import ServeSettings
+
+MAX_HEAD = 65536
+LINGER = 2.0
+
+
+def guarded(settings: ServeSettings) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with the limits of these settings."""
+
+    class Guarded(_Guarded):
+        read_timeout = settings.read_timeout
+        max_connections = settings.max_connections
+
+    return Guarded
+
+
+class _Guarded(HttpToolsProtocol):
+    """One connection."""
+
+    read_timeout: float
+    max_connections: int
+    _timer: asyncio.TimerHandle | None = None
+    _in_body = False
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock of the first head, or refuse the connection."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._refuse(b"503 Service Unavailable", b"too many connections", b"retry-after: 1\r\n")
+        else:
+            self._start(self.read_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count the bytes of a head, and time what nobody waits for."""
+        if self.transport.is_closing():
+            return
+        if not self._in_body:
+            self._head_bytes += len(data)
+            if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+                self._start(self.read_timeout)
+        elif self._timer is None and self.cycle is not None and self.cycle.response_complete:
+            self._start(LINGER)
+        super().data_received(data)
+        if not self._in_body and self._head_bytes > MAX_HEAD:
+            self._refuse(b"431 Request Header Fields Too Large", b"the head of the request is too large")
+
+    def on_headers_complete(self) -> None:
+        """Hand the request to the app."""
+        self._stop()
+        self._in_body = True
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Wait for the next head."""
+        super().on_message_complete()
+        self._in_body = False
+        self._head_bytes = 0
+        self._stop()
+
+    def _start(self, seconds: float) -> None:
+        self._stop()
+        self._timer = self.loop.call_later(seconds, self._expired)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expired(self) -> None:
+        self._timer = None
+        if self._in_body or not self._head_bytes:
+            self.transport.close()
+        else:
+            self._refuse(b"408 Request Timeout", b"the head of the request did not come in time")
+
+    def _refuse(self, status: bytes, message: bytes, headers: bytes = b"") -> None:
+        """Answer by hand and close: there is no request yet that an app could answer."""
+        self._stop()
+        if self.transport.is_closing():
+            return
+        body = b'{"error":"%s","error_type":"%s"}' % (message, b"Overloaded" if headers else b"Validation")
+        self.transport.write(
+            b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%s\r\n%s"
+            % (status, len(body), headers, body)
+        )
+        self.transport.close()

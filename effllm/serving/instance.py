@@ -1,0 +1,341 @@
+"""One loaded folder: its tokenizer, its queue and its worker process, which is started again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from effllm.errors import EffllmError
+from effllm.folder import open_folder
+from effllm.runtime.tokenizer import Encoding, TextTokenizer
+from effllm.serving.refusals import BadInput, DeadlinePassed, Failed, NotReady, QueueFull, Refused, TooLong, WorkerDied
+from effllm.serving.scheduler import Scheduler
+from effllm.serving.served import POOLED, TOKEN_STATES, Answers, ModelInfo, Result, TokenPiece
+from effllm.serving.settings import ServeSettings
+from effllm.serving.worker import Hello, Piece, PieceFailed, Ran, Worker, WorkerSettings, answer
+from effllm.tasks import TASKS, Example
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+AHEAD = 2
+"""Batches that a worker has at a time: the one it runs, and one so that it need not wait for the next."""
+INLINE_CHARACTERS = 4000
+"""Requests with fewer characters are tokenised at once; a thread for the others lets the server go on meanwhile."""
+BACK_OFF_S = (0.0, 0.1, 0.5, 2.0, 10.0)
+"""How long to wait before a worker that died is started again: the first, second, … time without an answer between."""
+PATIENCE = 3
+"""Deaths in a row after which new requests are refused until the worker is back."""
+
+
+@dataclass
+class _Request:
+    """A request under way. `values` has a place per piece, for its answer, its outputs or a `PieceFailed`."""
+
+    pieces: list[Piece]
+    done: asyncio.Future[None]
+    added_s: float
+    values: list[Any]
+    missing: int
+    started_s: float = 0.0
+    infer_s: float = 0.0
+    queued_s: float = 0.0
+
+
+@dataclass
+class Counts:
+    """What an instance counts over its life."""
+
+    restarts: int = 0
+    batches: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    busy_s: float = field(default=0.0)
+
+
+class Instance:
+    """A loaded folder that answers. All methods belong to one event loop."""
+
+    def __init__(self, hello: Hello, worker: Worker, worker_settings: WorkerSettings, settings: ServeSettings) -> None:
+        self.info: ModelInfo = hello.info
+        self.counts = Counts()
+        self._head = hello.head
+        self._settings = settings
+        self._worker_settings = worker_settings
+        folder = open_folder(worker_settings.folder, weights=False)
+        self._tokenizer = TextTokenizer.open(folder)
+        # A tokenizer is not made for two threads, so that of the thread is another one.
+        self._thread_tokenizer = TextTokenizer.open(folder)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"tokenise-{hello.info.name}")
+        self._scheduler = Scheduler(settings.max_tokens, mix=not hello.info.batch_dependent)
+        self._requests: dict[int, _Request] = {}
+        self._ids = itertools.count()
+        self._waiting_inputs = 0
+        self._running: deque[list[tuple[int, int]]] = deque()
+        self._suspects: deque[tuple[int, int]] = deque()
+        self._deaths = 0
+        self._closed = False
+        self._worker: Worker | None = None
+        self._restarting: asyncio.Task[None] | None = None
+        self._use(worker)
+
+    @classmethod
+    async def open(cls, worker_settings: WorkerSettings, settings: ServeSettings) -> Instance:
+        """Start a worker and wait until its model is loaded. Raises what keeps it from loading."""
+        worker, hello = await asyncio.to_thread(_start, worker_settings)
+        return cls(hello, worker, worker_settings, settings)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the worker runs."""
+        return self._worker is not None and not self._closed
+
+    @property
+    def queued(self) -> int:
+        """The inputs that were accepted and are not done."""
+        return self._waiting_inputs
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing that was accepted is unanswered."""
+        return self._waiting_inputs == 0
+
+    @property
+    def worker_pid(self) -> int:
+        """The worker's process id, 0 while there is none."""
+        return self._worker.pid if self._worker else 0
+
+    async def answer(
+        self, examples: Sequence[Example], *, task: str = "", truncate: bool = True, deadline_s: float | None = None
+    ) -> Answers:
+        """Answer examples; see `served.ServedModel`."""
+        self._admit(len(examples))
+        try:
+            limit = min(deadline_s or self._settings.timeout, self._settings.timeout)
+            async with asyncio.timeout(limit):
+                return await self._answer(examples, task or self.info.task, truncate=truncate)
+        except TimeoutError:
+            raise DeadlinePassed(f"not answered within {limit:g} s") from None
+        finally:
+            self._waiting_inputs -= len(examples)
+
+    async def tokenise(self, texts: Sequence[str]) -> list[list[TokenPiece]]:
+        """Return the tokens of each text, not truncated."""
+
+        def tokens(tokenizer: TextTokenizer) -> list[list[TokenPiece]]:
+            return [[TokenPiece(*piece) for piece in tokenizer.pieces(text)] for text in texts]
+
+        return await self._tokenised(tokens, sum(map(len, texts)))
+
+    async def close(self) -> None:
+        """End the worker. Requests that are under way are refused."""
+        self._closed = True
+        worker, self._worker = self._worker, None
+        if worker:
+            await asyncio.to_thread(worker.close)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        for number in list(self._requests):
+            self._fail(number, NotReady("the server is shutting down"))
+
+    def _admit(self, count: int) -> None:
+        """Take places in the queue. Raises QueueFull or NotReady at once."""
+        if self._closed or (not self.ready and self._deaths > PATIENCE):
+            raise NotReady(f"the worker of {self.info.name} is not running")
+        if self._waiting_inputs + count > self._settings.max_queue:
+            rate = self.counts.tokens / self.counts.busy_s if self.counts.busy_s else 0.0
+            waiting = sum(len(p.encoding) for r in self._requests.values() for p in r.pieces)
+            raise QueueFull(
+                f"{self._waiting_inputs} inputs wait for {self.info.name}, at most {self._settings.max_queue} may",
+                waiting / rate if rate else 1.0,
+            )
+        self._waiting_inputs += count
+
+    async def _answer(self, examples: Sequence[Example], task: str, *, truncate: bool) -> Answers:
+        began = time.monotonic()
+        groups = await self._encode(examples, task)
+        if not truncate:
+            self._refuse_long(groups)
+        pieces = [
+            Piece(dataclasses.replace(encoding, tokenizer=None), task, example if len(group) == 1 else None)  # type: ignore[arg-type]
+            for example, group in zip(examples, groups, strict=True)
+            for encoding in group
+        ]
+        tokenised = time.monotonic()
+        request = await self._run(pieces)
+        values, results = iter(request.values), []
+        for example, group in zip(examples, groups, strict=True):
+            own = [next(values) for _ in group]
+            for failed in own:
+                if isinstance(failed, PieceFailed):
+                    raise Failed(f"the engine refused the input: {failed.message}")
+            value = own[0] if len(group) == 1 else answer(task, example, group, own, self._head)
+            results.append(Result(value, sum(map(len, group)), sum(e.truncated_tokens for e in group)))
+        return Answers(results, request.queued_s, tokenised - began, request.infer_s)
+
+    async def _encode(self, examples: Sequence[Example], kind: str) -> list[list[Encoding]]:
+        """Tokenise. Raises BadInput naming the example that cannot be."""
+        task = TASKS.get(kind, TASKS["feature-extraction"])
+
+        def encode(tokenizer: TextTokenizer) -> list[list[Encoding]]:
+            groups = []
+            for index, example in enumerate(examples):
+                try:
+                    groups.append(task.encode(tokenizer, example))
+                except (UnicodeError, TypeError, ValueError, EffllmError) as error:
+                    raise BadInput(f"input {index} cannot be tokenised: {error}", index) from None
+            return groups
+
+        characters = sum(
+            sum(map(len, e.text)) if isinstance(e.text, tuple) else len(e.text) + len(e.text_pair or "")
+            for e in examples
+        )
+        return await self._tokenised(encode, characters)
+
+    async def _tokenised(self, work: Callable[[TextTokenizer], list[T]], characters: int) -> list[T]:
+        if characters < INLINE_CHARACTERS:
+            return work(self._tokenizer)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._thread_tokenizer)
+
+    def _refuse_long(self, groups: Sequence[Sequence[Encoding]]) -> None:
+        for index, group in enumerate(groups):
+            lost = sum(e.truncated_tokens for e in group)
+            if lost:
+                limit = self.info.max_length
+                raise TooLong(f"input {index} has {limit + lost} tokens, {self.info.name} takes {limit}", index)
+
+    async def _run(self, pieces: list[Piece]) -> _Request:
+        """Queue pieces and wait until all are done. When the call is cancelled those that wait leave the queue."""
+        number, loop = next(self._ids), asyncio.get_running_loop()
+        request = _Request(pieces, loop.create_future(), time.monotonic(), [None] * len(pieces), len(pieces))
+        if not pieces:
+            return request
+        self._requests[number] = request
+        self._scheduler.add(number, [len(piece.encoding) for piece in pieces])
+        self._pump()
+        try:
+            await request.done
+        finally:
+            self._scheduler.remove(number)
+            self._requests.pop(number, None)
+        return request
+
+    def _pump(self) -> None:
+        """Give the worker batches until it has enough. What ran when a worker died runs first, each alone."""
+        while self._worker and len(self._running) < (1 if self._suspects else AHEAD):
+            if self._suspects:
+                number, index = self._suspects[0]
+                if number in self._requests:
+                    self._submit([(number, index)])
+                    return
+                self._suspects.popleft()
+                continue
+            places = [(place.request, place.index) for place in self._scheduler.next_batch()]
+            if not places:
+                return
+            self._submit(places)
+
+    def _submit(self, places: list[tuple[int, int]]) -> None:
+        assert self._worker is not None  # noqa: S101 - narrows the type
+        self._running.append(places)
+        self._worker.submit([self._requests[number].pieces[index] for number, index in places])
+
+    def _ran(self, worker: Worker, ran: Ran) -> None:
+        """Take in what became of the oldest batch that runs."""
+        if worker is not self._worker:
+            return
+        places = self._running.popleft()
+        self._deaths = 0
+        if self._suspects and places == [self._suspects[0]]:
+            self._suspects.popleft()
+        lengths = []
+        for (number, index), value in zip(places, ran.values, strict=True):
+            request = self._requests.get(number)
+            if request is None:
+                continue  # its client is gone
+            lengths.append(len(request.pieces[index].encoding))
+            request.values[index] = value
+            request.missing -= 1
+            request.infer_s += ran.ended_s - ran.started_s if request.started_s != ran.started_s else 0.0
+            request.started_s = ran.started_s
+            if not request.missing:
+                request.queued_s = max(0.0, ran.started_s - request.added_s)
+                if not request.done.done():
+                    request.done.set_result(None)
+        self.counts.batches += 1
+        self.counts.tokens += sum(lengths)
+        self.counts.padded_tokens += max(lengths, default=0) * len(lengths)
+        self.counts.busy_s += ran.ended_s - ran.started_s
+        self._pump()
+
+    def _use(self, worker: Worker) -> None:
+        if self._closed:
+            worker.close()
+            return
+        loop = asyncio.get_running_loop()
+        self._worker = worker
+
+        def call(target: Callable[..., None], *arguments: Any) -> None:
+            try:
+                loop.call_soon_threadsafe(target, *arguments)
+            except RuntimeError:  # the loop has ended, and nobody waits
+                return
+
+        worker.listen(lambda ran: call(self._ran, worker, ran), lambda: call(self._ended, worker))
+        self._pump()
+
+    def _ended(self, worker: Worker) -> None:
+        """Start the worker again. What it ran goes first then; what two workers died with is refused."""
+        if worker is not self._worker:
+            return
+        self._worker = None
+        self._deaths += 1
+        self.counts.restarts += 1
+        logger.error("the worker of %s died; starting it again", self.info.name)
+        lost = [place for places in self._running for place in places]
+        self._running.clear()
+        if self._suspects and lost == [self._suspects[0]]:
+            number, _ = self._suspects.popleft()
+            self._fail(number, WorkerDied("the worker process died with this input, twice"))
+        else:
+            self._suspects.extend(place for place in lost if place not in self._suspects)
+        self._restarting = asyncio.get_running_loop().create_task(self._restart())
+
+    async def _restart(self) -> None:
+        while not self._closed:
+            await asyncio.sleep(BACK_OFF_S[min(self._deaths, len(BACK_OFF_S)) - 1])
+            try:
+                worker, _ = await asyncio.to_thread(_start, self._worker_settings)
+            except EffllmError:
+                self._deaths += 1
+                logger.exception("the worker of %s cannot be started", self.info.name)
+                continue
+            self._use(worker)
+            return
+
+    def _fail(self, number: int, refusal: Refused) -> None:
+        request = self._requests.pop(number, None)
+        self._scheduler.remove(number)
+        if request is not None and not request.done.done():
+            request.done.set_exception(refusal)
+
+
+def _start(settings: WorkerSettings) -> tuple[Worker, Hello]:
+    worker = Worker(settings)
+    try:
+        return worker, worker.hello()
+    except BaseException:
+        worker.close()
+        raise
+
+
+EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
+KINDS = {task: (task,) for task in TASKS} | dict.fromkeys(EMBEDDING_TASKS, (*EMBEDDING_TASKS, TOKEN_STATES, POOLED))
+"""Task of a model -> what may be asked of it."""

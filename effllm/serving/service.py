@@ -1,0 +1,158 @@
+"""The models of a server by name: opening, finding, reloading and draining them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from effllm.errors import SettingError
+from effllm.serving.instance import KINDS, Instance
+from effllm.serving.refusals import NotReady, TooMany, UnknownModel, WrongTask
+from effllm.serving.served import Answers, ModelInfo, ServedModel, TokenPiece
+from effllm.serving.settings import ServeSettings
+from effllm.serving.worker import WorkerSettings
+from effllm.tasks import Example
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("onnxruntime", "openvino")
+POLL_S = 0.02
+
+
+class Model:
+    """A name that answers. Which folder stands behind it can change from one request to the next."""
+
+    def __init__(self, instance: Instance, settings: ServeSettings) -> None:
+        self.instance = instance
+        self._settings = settings
+        self._restarts = 0
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is known of the model."""
+        return self.instance.info
+
+    @property
+    def ready(self) -> bool:
+        """Whether its worker answers."""
+        return self.instance.ready
+
+    @property
+    def queued(self) -> int:
+        """The inputs that were accepted and are not done."""
+        return self.instance.queued
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker of this name died."""
+        return self._restarts + self.instance.counts.restarts
+
+    async def answer(
+        self, examples: Sequence[Example], *, task: str = "", truncate: bool = True, deadline_s: float | None = None
+    ) -> Answers:
+        """Answer examples; see `served.ServedModel`."""
+        if len(examples) > self._settings.max_inputs:
+            raise TooMany(f"{len(examples)} inputs in one request, at most {self._settings.max_inputs} are taken")
+        if task and task not in KINDS[self.info.task]:
+            raise WrongTask(f"{self.info.name} answers {self.info.task}, not {task}")
+        return await self.instance.answer(examples, task=task, truncate=truncate, deadline_s=deadline_s)
+
+    async def tokenise(self, texts: Sequence[str]) -> list[list[TokenPiece]]:
+        """Return the tokens of each text, not truncated."""
+        return await self.instance.tokenise(texts)
+
+    def switch(self, instance: Instance) -> Instance:
+        """Answer with another instance from now on; returns the one before, which still has its requests."""
+        before, self.instance = self.instance, instance
+        self._restarts += before.counts.restarts
+        return before
+
+
+class Service:
+    """All models of a server."""
+
+    def __init__(
+        self, opened: Mapping[str, Model], folders: Mapping[str, WorkerSettings], settings: ServeSettings
+    ) -> None:
+        self._opened = dict(opened)
+        self._folders = dict(folders)
+        self._settings = settings
+        self._closing = False
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def open(cls, folders: Mapping[str, Path], settings: ServeSettings) -> Self:
+        """Load every folder, by the name it is served under. Raises what keeps one from loading; then none is left."""
+        engine = settings.engine or ENGINES[0]
+        if engine not in ENGINES:
+            raise SettingError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        wanted = {name: WorkerSettings(path, name, engine, settings.threads) for name, path in folders.items()}
+        opening = [Instance.open(each, settings) for each in wanted.values()]
+        found = await asyncio.gather(*opening, return_exceptions=True)
+        errors = [each for each in found if isinstance(each, BaseException)]
+        if errors:
+            await asyncio.gather(*(each.close() for each in found if isinstance(each, Instance)))
+            raise errors[0]
+        models = {
+            name: Model(each, settings) for name, each in zip(wanted, found, strict=True) if isinstance(each, Instance)
+        }
+        return cls(models, wanted, settings)
+
+    @property
+    def models(self) -> Mapping[str, ServedModel]:
+        """The models by name, in the order they were given."""
+        return self._opened
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model answers and the server is not draining."""
+        return not self._closing and all(model.ready for model in self._opened.values())
+
+    def find(self, name: str | None, *tasks: str) -> Model:
+        """Return the model of that name, or the first that answers one of the tasks.
+
+        Raises UnknownModel, WrongTask, or NotReady while the server drains.
+        """
+        if self._closing:
+            raise NotReady("the server is shutting down")
+        if name is None:
+            fitting = [m for m in self._opened.values() if not tasks or set(tasks) & set(KINDS[m.info.task])]
+            if not fitting:
+                raise WrongTask(f"no model here answers {' or '.join(tasks)}")
+            return fitting[0]
+        if name not in self._opened:
+            raise UnknownModel(f"no model {name!r} is served here; the models are {', '.join(self._opened)}")
+        model = self._opened[name]
+        if tasks and not set(tasks) & set(KINDS[model.info.task]):
+            raise WrongTask(f"{name} answers {model.info.task}, not {' or '.join(tasks)}")
+        return model
+
+    async def reload(self, name: str | None = None) -> list[str]:
+        """Load folders again and switch to them; see `served.Models`."""
+        changed = []
+        for each in [name] if name is not None else list(self._opened):
+            model = self.find(each)
+            instance = await Instance.open(self._folders[each], self._settings)
+            before = model.switch(instance)
+            task = asyncio.get_running_loop().create_task(self._retire(before))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+            changed.append(each)
+            logger.info("%s was loaded again", each)
+        return changed
+
+    async def close(self) -> None:
+        """Refuse what is new, finish what was accepted within the drain time, and end the workers."""
+        self._closing = True
+        await asyncio.gather(*(self._retire(model.instance) for model in self._opened.values()), *self._retiring)
+
+    async def _retire(self, instance: Instance) -> None:
+        """Close an instance once its requests are answered, or the drain time is over."""
+        end = time.monotonic() + self._settings.drain
+        while not instance.idle and time.monotonic() < end:
+            await asyncio.sleep(POLL_S)
+        await instance.close()

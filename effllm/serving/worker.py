@@ -1,0 +1,222 @@
+"""The process that holds a model: it runs the batches that come through a pipe and sends home what they answer.
+
+A model in a process of its own can be killed, or kill itself, without taking the server along. Messages are plain
+values; nothing in them comes from a request except texts and token ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from effllm import machine
+from effllm.errors import ArtifactError, EffllmError
+from effllm.runtime.predictor import Predictor
+from effllm.runtime.tokenizer import Encoding
+from effllm.serving.served import POOLED, TOKEN_STATES, ModelInfo
+from effllm.tasks import TASKS, Example, Head
+from effllm.tasks.feature_extraction import pool
+from effllm.tasks.task import Outputs
+from effllm.variant import Variant, is_variant
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker loads, and how."""
+
+    folder: Path
+    name: str
+    engine: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A worker's first message: it is ready, and this is what it holds."""
+
+    info: ModelInfo
+    head: Head
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One encoding to run. `example` is set where it is the only one of its example: then the answer comes home."""
+
+    encoding: Encoding
+    task: str
+    example: Example | None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a batch: for each piece its answer, its raw outputs or a `PieceFailed`; times are monotonic."""
+
+    values: list[Any]
+    started_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True)
+class PieceFailed:
+    """In the place of an answer: the engine raised this."""
+
+    message: str
+
+
+class Worker:
+    """A worker process as its parent sees it. `on_ran` and `on_end` are called from a thread of this object."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, settings), daemon=True, name=settings.name)
+        self._process.start()
+        theirs.close()
+        self._out: queue.SimpleQueue[list[Piece] | None] = queue.SimpleQueue()
+        self._listening = False
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return int(self._process.pid or 0)
+
+    def hello(self) -> Hello:
+        """Wait until the model is loaded. Raises what kept it from loading, ArtifactError when the process died."""
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(5)
+            raise ArtifactError(f"the process that loads the model ended with {self._process.exitcode}") from None
+        if isinstance(answer, EffllmError):
+            self._process.join(5)
+            raise answer
+        hello: Hello = answer
+        return hello
+
+    def listen(self, on_ran: Callable[[Ran], None], on_end: Callable[[], None]) -> None:
+        """Start the threads that send batches and hand over what they became; `on_end` follows the last of it."""
+        self._listening = True
+        threading.Thread(target=self._send, daemon=True).start()
+        threading.Thread(target=self._receive, args=(on_ran, on_end), daemon=True).start()
+
+    def submit(self, batch: list[Piece]) -> None:
+        """Send a batch; returns at once. Batches run in order."""
+        self._out.put(batch)
+
+    def close(self) -> None:
+        """End the process; what was submitted before is lost."""
+        self._out.put(None)
+        self._process.kill()
+        self._process.join(5)
+        if not self._listening:
+            self._pipe.close()  # else the thread that reads it does, as the number could be another file's at once
+
+    def _send(self) -> None:
+        while (batch := self._out.get()) is not None:
+            try:
+                self._pipe.send(batch)
+            except (OSError, ValueError):
+                return  # the process is gone, which the receiver tells
+
+    def _receive(self, on_ran: Callable[[Ran], None], on_end: Callable[[], None]) -> None:
+        while True:
+            try:
+                ran = self._pipe.recv()
+            except (EOFError, OSError):
+                self._pipe.close()
+                on_end()
+                return
+            on_ran(ran)
+
+
+def _work(pipe: Connection, settings: WorkerSettings) -> None:
+    """Load the model, then run batches until the pipe closes."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)  # the server decides when to end, after it has drained
+    try:
+        predictor, variant = _open(settings)
+        pipe.send(Hello(_info(predictor, variant, settings), predictor.head))
+    except EffllmError as error:
+        pipe.send(error)
+        return
+    batches: queue.SimpleQueue[list[Piece] | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(pipe, batches), daemon=True).start()
+    while (batch := batches.get()) is not None:
+        started = time.monotonic()
+        values = _run_all(predictor, batch)
+        try:
+            pipe.send(Ran(values, started, time.monotonic()))
+        except OSError:
+            return
+
+
+def _read(pipe: Connection, batches: queue.SimpleQueue[list[Piece] | None]) -> None:
+    """Empty the pipe at once, so that the server never waits for room in it."""
+    try:
+        while True:
+            batches.put(pipe.recv())
+    except (EOFError, OSError):
+        batches.put(None)
+
+
+def _open(settings: WorkerSettings) -> tuple[Predictor, Variant]:
+    if not is_variant(settings.folder):
+        raise ArtifactError(f"{settings.folder} is not a folder that effllm wrote; run `effllm export` first")
+    variant = Variant.open(settings.folder)
+    predictor = Predictor.open(
+        settings.folder, engine=settings.engine, threads=settings.threads or machine.usable_cores(), name=settings.name
+    )
+    return predictor, variant
+
+
+def _info(predictor: Predictor, variant: Variant, settings: WorkerSettings) -> ModelInfo:
+    config = predictor.folder.config
+    model_file = str(variant.manifest.get("model_file", ""))
+    return ModelInfo(
+        name=settings.name,
+        task=predictor.task.name,
+        labels=predictor.head.labels,
+        max_length=predictor.tokenizer.max_length,
+        batch_dependent=predictor.batch_dependent,
+        size_bytes=sum(e["size_bytes"] for name, e in variant.manifest["files"].items() if name.startswith(model_file)),
+        embedding_size=int(config.get("hidden_size") or config.get("dim") or 0),
+        pooling=predictor.head.pooling,
+        engine=settings.engine,
+        manifest=variant.manifest,
+    )
+
+
+def _run_all(predictor: Predictor, batch: Sequence[Piece]) -> list[Any]:
+    """Run a batch. Where the engine refuses it, run its pieces alone, so that only the bad ones fail."""
+    try:
+        return _run(predictor, batch)
+    except Exception as error:  # engines raise types of their own, without a common base
+        if len(batch) == 1:
+            return [PieceFailed(str(error).splitlines()[0] if str(error) else type(error).__name__)]
+        return [_run_all(predictor, [piece])[0] for piece in batch]
+
+
+def _run(predictor: Predictor, batch: Sequence[Piece]) -> list[Any]:
+    encodings = [dataclasses.replace(piece.encoding, tokenizer=predictor.tokenizer) for piece in batch]
+    return [
+        answer(piece.task, piece.example, [encoding], [own], predictor.head) if piece.example else own
+        for piece, encoding, own in zip(batch, encodings, predictor.run_batch(encodings), strict=True)
+    ]
+
+
+def answer(task: str, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
+    """Return what a task answers, or of an embedding model the states or the pooled vector as they are."""
+    if task == TOKEN_STATES:
+        return outputs[0]["last_hidden_state"]
+    if task == POOLED:
+        return pool(outputs[0]["last_hidden_state"], head.pooling)
+    return TASKS[task].decode(example, encodings, outputs, head)

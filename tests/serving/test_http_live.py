@@ -1,0 +1,238 @@
+"""What only real connections show: slow, large, many and closing clients, and the process's signals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from fakes import FakeModels, every_task
+from live import connected, live, received
+
+from effllm.errors import SettingError
+from effllm.serving.server import bind
+from effllm.serving.settings import ServeSettings
+
+QUICK = ServeSettings(port=0, read_timeout=0.4, max_body=100_000, max_connections=8)
+
+
+@pytest.fixture
+def models() -> FakeModels:
+    return every_task()
+
+
+def post(path: str, body: bytes, *headers: str, length: int | None = None) -> bytes:
+    """A request as bytes."""
+    lines = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", *headers]
+    if length is not None or not any("chunked" in header for header in headers):
+        lines.append(f"content-length: {len(body) if length is None else length}")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def eventually(check, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not check() and time.monotonic() < end:
+        time.sleep(0.01)
+    return check()
+
+
+def test_a_head_that_does_not_come_closes_the_connection(models: FakeModels) -> None:
+    with live(models, QUICK) as url:
+        with connected(url) as silent:
+            assert received(silent) == b""
+        with connected(url) as slow:
+            slow.sendall(b"POST /embed HTTP/1.1\r\nhost: localhost\r\n")
+            assert received(slow).startswith(b"HTTP/1.1 408 ")
+        with connected(url) as dripping, contextlib.suppress(ConnectionError):
+            started = time.monotonic()
+            for _ in range(100):  # each byte is in time, the head is not
+                dripping.sendall(b"a")
+                time.sleep(0.05)
+                if time.monotonic() - started > 10:
+                    pytest.fail("the connection was not closed")
+
+
+def test_a_body_that_does_not_come_is_a_408(models: FakeModels) -> None:
+    with live(models, QUICK) as url:
+        for request in (
+            post("/embed", b'{"inputs"', length=100),
+            post("/embed", b"5\r\nabcde\r\n", "transfer-encoding: chunked"),
+        ):
+            with connected(url) as slow:
+                slow.sendall(request)
+                answer = received(slow)
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b'"error_type":"Validation"' in answer
+            assert b"connection: close" in answer
+
+
+def test_a_connection_that_is_kept_serves_many_requests_and_closes_when_idle(models: FakeModels) -> None:
+    with live(models, QUICK) as url, connected(url) as connection:
+        for _ in range(3):
+            connection.sendall(post("/embed", b'{"inputs": "a"}'))
+            answer = b""
+            while not answer.endswith(b"]]"):
+                answer += connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+        started = time.monotonic()
+        assert received(connection) == b""
+        assert time.monotonic() - started < 10
+
+
+def test_pipelined_requests_are_answered_in_order(models: FakeModels) -> None:
+    with live(models, QUICK) as url, connected(url) as connection:
+        connection.sendall(
+            post("/embed", b'{"inputs": "a"}') + post("/predict", b'{"inputs": "a"}', "connection: close")
+        )
+        first, second = received(connection).split(b"HTTP/1.1 200 OK")[1:]
+        assert b"[[" in first
+        assert b'"label"' in second
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_large_body_gets_its_413_and_the_connection_goes_on(models: FakeModels, declared: bool) -> None:
+    body = b"a" * 3_000_000
+    with live(models, QUICK) as url, httpx.Client(base_url=url) as client:
+        content = body if declared else iter([body[i : i + 50_000] for i in range(0, len(body), 50_000)])
+        answer = client.post("/embed", content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 413
+        assert "100000 bytes" in answer.json()["error"]
+        assert client.post("/embed", json={"inputs": "a"}).status_code == 200
+
+
+def test_a_client_that_asks_first_is_refused_before_it_sends(models: FakeModels) -> None:
+    with live(models, QUICK) as url, connected(url) as connection:
+        connection.sendall(post("/embed", b"", "expect: 100-continue", length=3_000_000))
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_an_endless_refused_body_is_cut_off(models: FakeModels) -> None:
+    with live(models, QUICK) as url, connected(url) as connection:
+        connection.sendall(post("/embed", b"", "transfer-encoding: chunked"))
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - started < 15:
+                connection.sendall(b"4000\r\n" + b"a" * 0x4000 + b"\r\n")
+        assert time.monotonic() - started < 14
+
+
+def test_a_large_head_is_refused(models: FakeModels) -> None:
+    with live(models, QUICK) as url, connected(url) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        for number in range(40):
+            connection.sendall(b"x-%d: %s\r\n" % (number, b"a" * 4000))
+        assert received(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_connections_beyond_the_limit_get_503_and_room_comes_back(models: FakeModels) -> None:
+    settings = ServeSettings(port=0, max_connections=3)
+    with live(models, settings) as url, contextlib.ExitStack() as stack:
+        held = [stack.enter_context(connected(url)) for _ in range(3)]
+        assert eventually(lambda: httpx_status(url) == 503)
+        held[0].close()
+        assert eventually(lambda: httpx_status(url) == 200)
+
+
+def httpx_status(url: str) -> int:
+    return httpx.get(f"{url}/health").status_code
+
+
+def test_a_client_that_goes_frees_its_places(models: FakeModels, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "effllm")
+    model = models.models["minilm"]
+    model.delay = 30
+    with live(models, QUICK) as url:
+        for request in (
+            post("/embed", b'{"inputs": ["a", "b"]}'),
+            post("/embed", json.dumps({"inputs": ["a" * 90_000, "b"]}).encode()),
+        ):
+            with connected(url) as connection:
+                connection.sendall(request)
+                assert eventually(lambda: model.queued == 2)
+            assert eventually(lambda: model.queued == 0)
+        assert model.cancelled == 4
+        text = httpx.get(f"{url}/metrics").text
+        assert 'effllm_client_gone_total{path="/embed"} 2.0' in text
+    lines = [record.getMessage() for record in caplog.records if " /embed " in record.getMessage()]
+    assert len(lines) == 2
+    assert all(" 499 " in line for line in lines)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_client_that_goes_while_its_body_comes_is_let_go(models, caplog) -> None:
+    caplog.set_level(logging.INFO, "effllm")
+    with live(models, QUICK) as url:
+        with connected(url) as connection:
+            connection.sendall(post("/embed", b'{"inputs"', length=100))
+        assert eventually(lambda: " 499 " in caplog.text)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_an_address_in_use_is_told_before_models_are_loaded() -> None:
+    with bind(ServeSettings(port=0)) as first:
+        first.listen()
+        with pytest.raises(SettingError, match="cannot listen on .* port"):
+            bind(ServeSettings(port=first.getsockname()[1]))
+    with pytest.raises(SettingError, match="cannot listen"):
+        bind(ServeSettings(host="no.such.host.invalid"))
+
+
+PROCESS = f"""
+import asyncio, logging, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from fakes import every_task
+from effllm.serving.server import address, bind, run_app
+from effllm.serving.settings import ServeSettings
+logging.basicConfig(level=logging.INFO)
+async def main():
+    models = every_task()
+    models.models["minilm"].delay = 1.0
+    settings = ServeSettings(port=0, drain=10)
+    listener = bind(settings)
+    await run_app(models, settings, listener, lambda models, url: print(url, flush=True))
+    await models.close()
+    print("closed", models.closed, models.reloads, flush=True)
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def process():
+    """A server in a process of its own, and its URL."""
+    running = subprocess.Popen(
+        [sys.executable, "-c", PROCESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield running, running.stdout.readline().strip()
+    finally:
+        running.kill()
+        running.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+def test_signals_reload_and_drain(process) -> None:
+    running, url = process
+    running.send_signal(signal.SIGHUP)
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/embed", json={"inputs": "a"})))
+    asking.start()
+    assert eventually(lambda: 'effllm_queue_size{model="minilm"} 1.0' in httpx.get(f"{url}/metrics").text)
+    os.kill(running.pid, signal.SIGTERM)
+    asking.join(20)
+    out, log = running.communicate(timeout=20)
+    assert answers[0].status_code == 200  # accepted before, answered after
+    assert running.returncode == 0
+    assert out.strip() == "closed True [None]"
+    assert "reloaded: minilm, films" in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)

@@ -1,0 +1,328 @@
+"""The service: what it answers, what it refuses, and what happens when its worker dies or its folder changes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import WORDS, make_model
+
+import effllm
+from effllm.errors import ArtifactError, SettingError
+from effllm.runtime.predictor import Predictor
+from effllm.serving.instance import Instance
+from effllm.serving.refusals import (
+    BadInput,
+    DeadlinePassed,
+    Failed,
+    NotReady,
+    QueueFull,
+    TooLong,
+    TooMany,
+    UnknownModel,
+    WorkerDied,
+    WrongTask,
+)
+from effllm.serving.served import POOLED, TOKEN_STATES
+from effllm.serving.service import Service
+from effllm.serving.settings import ServeSettings
+from effllm.tasks import Example
+
+TEXTS = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(20)]
+TASKS = ("text-classification", "feature-extraction", "fill-mask", "token-classification", "question-answering")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("served")
+    for task in TASKS:
+        effllm.export(make_model(root / f"{task}-model", "bert", task), root / task, task=task)
+    return {task: root / task for task in TASKS}
+
+
+def run(
+    folders: dict[str, Path], test: Callable[[Service], Awaitable[Any]], settings: ServeSettings | None = None
+) -> Any:
+    """Open a service, run a test on it, and close it."""
+
+    async def whole() -> Any:
+        service = await Service.open(folders, settings or ServeSettings(threads=1))
+        try:
+            return await test(service)
+        finally:
+            await service.close()
+
+    return asyncio.run(whole())
+
+
+def example(task: str, text: str) -> Example:
+    if task == "question-answering":
+        return Example(WORDS[0], text)
+    if task == "token-classification":
+        return Example(tuple(text.split()))
+    return Example(f"{text} [MASK]" if task == "fill-mask" else text)
+
+
+def flat(value: Any) -> np.ndarray:
+    """Return the numbers of an answer."""
+    if isinstance(value, dict):
+        return np.concatenate([flat(v) for v in value.values()] or [np.zeros(0)])
+    if isinstance(value, list | tuple):
+        return np.concatenate([flat(v) for v in value] or [np.zeros(0)])
+    return np.ravel(np.asarray(value, dtype=np.float64)) if not isinstance(value, str | None) else np.zeros(0)
+
+
+def test_every_task_answers_what_the_predictor_answers(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        for task in TASKS:
+            examples = [example(task, text) for text in TEXTS]
+            answers = await service.find(task).answer(examples)
+            own = list(Predictor.open(folders[task], threads=1).answers(examples))
+            for got, expected in zip(answers.results, own, strict=True):
+                np.testing.assert_allclose(flat(got.value), flat(expected.value), atol=1e-5)
+            assert answers.tokens > 0
+
+    run(folders, test)
+
+
+def test_an_answer_does_not_depend_on_what_runs_beside_it(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find("feature-extraction")
+        alone = [(await model.answer([Example(text)])).results[0].value for text in TEXTS]
+        together = await asyncio.gather(*(model.answer([Example(text)]) for text in TEXTS))
+        for one, answers in zip(alone, together, strict=True):
+            np.testing.assert_allclose(answers.results[0].value, one, atol=1e-5)
+
+    run({"feature-extraction": folders["feature-extraction"]}, test)
+
+
+def test_embeddings_come_as_states_and_pooled_too(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None, "feature-extraction")
+        unit, pooled, states = [
+            (await model.answer([Example(TEXTS[5])], task=task)).results[0]
+            for task in ("feature-extraction", POOLED, TOKEN_STATES)
+        ]
+        np.testing.assert_allclose(states.value.mean(axis=0), pooled.value, atol=1e-6)
+        np.testing.assert_allclose(pooled.value / np.linalg.norm(pooled.value), unit.value, atol=1e-6)
+        assert len(states.value) == states.tokens
+
+    run({"feature-extraction": folders["feature-extraction"]}, test)
+
+
+def test_models_are_found_by_name_and_by_task(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        assert service.find(None).info.name == TASKS[0]
+        assert service.find(None, "fill-mask").info.name == "fill-mask"
+        with pytest.raises(UnknownModel, match="'nothing'.*text-classification"):
+            service.find("nothing")
+        with pytest.raises(WrongTask, match="fill-mask answers fill-mask, not"):
+            service.find("fill-mask", "feature-extraction")
+        with pytest.raises(WrongTask):
+            await service.find("fill-mask").answer([Example("a")], task=POOLED)
+
+    run({name: folders[name] for name in ("text-classification", "fill-mask")}, test)
+
+
+CLASSIFIER = "text-classification"
+
+
+def classifier(folders: dict[str, Path]) -> dict[str, Path]:
+    return {CLASSIFIER: folders[CLASSIFIER]}
+
+
+def test_bad_inputs_are_refused_by_their_index(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        with pytest.raises(BadInput, match="input 1") as bad:
+            await model.answer([Example("a"), Example("\ud800")])
+        assert bad.value.index == 1
+        with pytest.raises(TooLong, match=r"input 0 has \d+ tokens, text-classification takes"):
+            await model.answer([Example(" ".join(WORDS) * 200)], truncate=False)
+        cut = await model.answer([Example(" ".join(WORDS) * 200)])
+        assert cut.results[0].truncated_tokens > 0
+        with pytest.raises(TooMany, match="at most 4"):
+            await model.answer([Example("a")] * 5)
+        assert model.queued == 0
+
+    run(classifier(folders), test, ServeSettings(threads=1, max_inputs=4))
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        waiting = [asyncio.create_task(model.answer([Example("a")] * 4)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="8 inputs wait") as full:
+            await model.answer([Example("a")])
+        assert full.value.retry_after_s > 0
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        assert model.queued == 4
+        later = asyncio.create_task(model.answer([Example("a")]))
+        await asyncio.sleep(0)
+        os.kill(model.instance.worker_pid, signal.SIGCONT)
+        assert len((await waiting[1]).results) == 4
+        assert len((await later).results) == 1
+
+    run(classifier(folders), test, ServeSettings(threads=1, max_inputs=4, max_queue=8))
+
+
+def test_what_is_not_done_in_time_is_refused_and_leaves_the_queue(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        with pytest.raises(DeadlinePassed, match=r"0\.2 s"):
+            await model.answer([Example("a")], deadline_s=0.2)
+        assert model.queued == 0
+        os.kill(model.instance.worker_pid, signal.SIGCONT)
+        assert (await model.answer([Example("a")])).results
+
+    run(classifier(folders), test)
+
+
+def test_what_a_killed_worker_ran_is_answered_by_the_next_one(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        before = [(await model.answer([Example(text)])).results[0].value for text in TEXTS]
+        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        waiting = [asyncio.create_task(model.answer([Example(text)])) for text in TEXTS]
+        await asyncio.sleep(0.05)
+        os.kill(model.instance.worker_pid, signal.SIGKILL)
+        while model.ready:
+            await asyncio.sleep(0.01)
+        assert not service.ready
+        answers = await asyncio.gather(*waiting)
+        assert [a.results[0].value["label"] for a in answers] == [b["label"] for b in before]
+        assert service.ready
+        assert model.restarts == 1
+
+    run(classifier(folders), test)
+
+
+def test_an_input_that_kills_two_workers_is_refused_and_its_neighbours_are_not(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        waiting = [asyncio.create_task(model.answer([Example(text)])) for text in TEXTS[:4]]
+        await asyncio.sleep(0.05)
+        instance: Instance = model.instance
+        poison = instance._running[0][0]
+        submit = instance._submit
+
+        def deadly(places: list[tuple[int, int]]) -> None:
+            submit(places)
+            if poison in places:
+                os.kill(instance.worker_pid, signal.SIGKILL)
+
+        monkeypatch.setattr(instance, "_submit", deadly)
+        os.kill(instance.worker_pid, signal.SIGKILL)
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(a) for a in answers].count(WorkerDied) == 1
+        assert sum(not isinstance(a, BaseException) for a in answers) == 3
+
+    run(classifier(folders), test)
+
+
+def test_an_input_that_the_engine_refuses_does_not_fail_its_neighbours(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        waiting = [asyncio.create_task(model.answer([Example(TEXTS[0])])) for _ in range(6)]
+        await asyncio.sleep(0)
+        assert [len(places) for places in model.instance._running] == [1, 1]  # the other four wait for one batch
+        list(model.instance._requests.values())[3].pieces[0].encoding.ids[1] = 10**6  # the engine knows no such token
+        os.kill(model.instance.worker_pid, signal.SIGCONT)
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [isinstance(a, Failed) for a in answers] == [False, False, False, True, False, False]
+        assert [len(a.results) for a in answers if not isinstance(a, BaseException)] == [1] * 5
+        assert model.instance.counts.batches == 3
+
+    run(classifier(folders), test)
+
+
+def test_a_reload_answers_what_was_accepted_and_then_uses_the_new_folder(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    served = tmp_path / "model"
+    shutil.copytree(folders[CLASSIFIER], served)
+
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        waiting = [asyncio.create_task(model.answer([Example(text)])) for text in TEXTS]
+        await asyncio.sleep(0)
+        first = model.instance
+        assert await service.reload() == ["model"]
+        assert model.instance is not first
+        assert len(await asyncio.gather(*waiting)) == len(TEXTS)
+        file = served / "onnx" / "model.onnx"
+        file.write_bytes(file.read_bytes()[:-1000])
+        with pytest.raises(ArtifactError, match="damaged"):
+            await service.reload("model")
+        assert (await model.answer([Example("a")])).results
+        while not first._closed:
+            await asyncio.sleep(0.01)
+
+    run({"model": served}, test)
+
+
+def test_closing_answers_what_was_accepted_and_refuses_what_is_new(folders: dict[str, Path]) -> None:
+    async def whole() -> None:
+        service = await Service.open(classifier(folders), ServeSettings(threads=1))
+        model = service.find(None)
+        waiting = [asyncio.create_task(model.answer([Example(text)])) for text in TEXTS]
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(service.close())
+        await asyncio.sleep(0)
+        with pytest.raises(NotReady):
+            service.find(None)
+        assert len(await asyncio.gather(*waiting)) == len(TEXTS)
+        await closing
+        with pytest.raises(NotReady):
+            await model.answer([Example("a")])
+
+    asyncio.run(whole())
+
+
+def test_a_drain_ends_when_its_time_is_over(folders: dict[str, Path]) -> None:
+    async def whole() -> None:
+        service = await Service.open(classifier(folders), ServeSettings(threads=1, drain=0.1))
+        model = service.find(None)
+        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        waiting = asyncio.create_task(model.answer([Example("a")]))
+        await asyncio.sleep(0)
+        await service.close()
+        with pytest.raises(NotReady):
+            await waiting
+
+    asyncio.run(whole())
+
+
+def test_folders_that_cannot_be_served_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    async def nothing(service: Service) -> None:
+        raise AssertionError(service)
+
+    with pytest.raises(ArtifactError, match="effllm export"):
+        run({"a": folders[CLASSIFIER], "b": make_model(tmp_path / "plain")}, nothing)
+    with pytest.raises(SettingError, match="--engine must be one of onnxruntime, openvino, got 'torch'"):
+        run(classifier(folders), nothing, ServeSettings(engine="torch"))
+
+
+def test_tokens_are_told_as_the_model_sees_them(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        (tokens,) = await service.find(None).tokenise([f"{WORDS[0]} {WORDS[1]}"])
+        assert [t.text for t in tokens] == ["[CLS]", WORDS[0], WORDS[1], "[SEP]"]
+        assert [t.special for t in tokens] == [True, False, False, True]
+        assert (tokens[2].start, tokens[2].stop) == (len(WORDS[0]) + 1, len(WORDS[0]) + 1 + len(WORDS[1]))
+
+    run(classifier(folders), test)
