@@ -33,7 +33,7 @@ class Embed(litserve.LitAPI):
         """Load the model in the worker."""
         self._predictor = Predictor.open(self._folder, threads=self._threads)
 
-    def decode_request(self, request: dict[str, Any]) -> str:
+    def decode_request(self, request) -> str:  # LitServe makes the endpoint from this signature: no type is any JSON
         """Take the text out of a request."""
         (text,) = request["inputs"]
         return str(text)

@@ -18,7 +18,7 @@ from effllm.measure.drive import run_async
 from effllm.measure.http_client import Client, Server
 
 HERE = Path(__file__).parent
-START_S = 180
+START_S = 90
 
 
 def free_port() -> int:
