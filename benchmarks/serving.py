@@ -48,7 +48,7 @@ RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 OURS, NAIVE, LITSERVE = "effllm serve", "FastAPI by hand", "LitServe"
 LOOP, SORTED_LOOP = "loop, as many texts as clients", "loop, all texts sorted"
 CLIENTS = 32
-TEXTS = 2048
+TEXTS = 512
 LOADS = ((CLIENTS, 16, 64), (CLIENTS, 8, 128), (1, 16, 64))
 """Clients, and the fewest and the most tokens of a text."""
 CLEAR = ("200", "429", "503")

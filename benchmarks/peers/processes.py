@@ -136,7 +136,11 @@ class RawLoop:
     def __exit__(self, *_: object) -> None:
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._process.wait(15)
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def run(self, texts: list[str], chunk: int, seconds: float) -> dict[str, Any]:
         """Embed texts for some seconds; see the script."""
