@@ -1,4 +1,4 @@
-"""Model repositories for Triton and KServe: what the servers read is what the graph says, and batching is as promised."""
+"""Model repositories for Triton and KServe: what the servers read is what the graph says, and batching as promised."""
 
 from __future__ import annotations
 
@@ -207,11 +207,12 @@ def check_serve_flags(arguments: list[str]) -> None:
 
 def assert_served(paths: set[str]) -> None:
     """Check that the server has these paths."""
+    from fakes import FakeModel, FakeModels
+
     from effllm.serving.app import create_app
     from effllm.serving.settings import ServeSettings
-    from fakes import FakeModels
 
-    app = create_app(FakeModels(), ServeSettings())
+    app = create_app(FakeModels(FakeModel("m", "fill-mask")), ServeSettings())
     assert paths <= set(app.openapi()["paths"])
 
 
