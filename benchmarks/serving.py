@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -51,8 +52,10 @@ CLIENTS = 32
 TEXTS = 512
 LOADS = ((CLIENTS, 16, 64), (CLIENTS, 8, 128), (1, 16, 64))
 """Clients, and the fewest and the most tokens of a text."""
-CLEAR = ("200", "429", "503")
+CLEAR = ("200", "429", "503", "504")
 """The outcomes that tell a client where it stands."""
+PATIENCE_S = 60.0
+"""How long a client waits: longer than the server's own limit, so that the server has to say something first."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Plan:
 
 def drive(server: ServerProcess, texts: Sequence[str], load: Load) -> LoadRun:
     """Send a load of single texts."""
-    return run_async(send_load(server.endpoint, [[text] for text in texts], load))
+    patient = dataclasses.replace(load, timeout_s=PATIENCE_S)
+    return run_async(send_load(server.endpoint, [[text] for text in texts], patient))
 
 
 def row(metric: str, value: float, unit: str, system: str, how: Mapping[str, Any], **more: Any) -> Row:
@@ -235,7 +239,7 @@ def kill(plan: Plan) -> Iterator[Row]:
         timers = [threading.Timer(share * plan.kill_s, strike) for share in (1 / 4, 5 / 8)]
         for timer in timers:
             timer.start()
-        run = drive(server, texts, Load(clients=CLIENTS, seconds=plan.kill_s, warm_up_s=0.0, timeout_s=30.0))
+        run = drive(server, texts, Load(clients=CLIENTS, seconds=plan.kill_s, warm_up_s=0.0))
         for timer in timers:
             timer.cancel()
     yield from kill_rows(run, kills, plan.how("kill", tokens="16–64", clients=CLIENTS))
@@ -325,7 +329,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of peers")
     parser.add_argument("--seconds", type=float, default=8.0, help="seconds per system, load and round")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
-    parser.add_argument("--kill-seconds", type=float, default=40.0)
+    parser.add_argument("--kill-seconds", type=float, default=60.0)
     parser.add_argument("--soak-minutes", type=float, default=30.0)
     parser.add_argument("--max-queue", type=int, default=256, help="the queue of effllm serve")
     parser.add_argument("--litserve-python", default="", metavar="PYTHON", help="interpreter that has LitServe")
