@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import click
+from click.core import ParameterSource
 
-from effllm.cli.options import COLUMNS, HTML, JSON, TASK
+from effllm.cli.bench_url import bench_url, check_flags
+from effllm.cli.options import COLUMNS, HTML, JSON, TASK, settings_options
+from effllm.measure.server_settings import ServerSettings
 
 
 @click.command(
@@ -15,15 +18,19 @@ Examples:
   effllm bench MODEL small other --data dev.jsonl --html report.html
       with quality on dev.jsonl and the real lengths of its texts
   effllm bench MODEL small --threads 2 --tokens 16,64,256 --batch 1,32 --json rows.jsonl
+  effllm bench --url http://127.0.0.1:8080 --clients 1,8,32 --rate 100
+      a running server: N clients that wait for their answers, then 100 requests a second whatever it does
+  effllm bench --url http://127.0.0.1:7997/v1 --api openai --tokens 16-64 --key-file key
 """
 )
-@click.argument("models", nargs=-1, required=True, metavar="MODEL…")
+@click.argument("models", nargs=-1, metavar="MODEL…")
+@settings_options(ServerSettings)
 @click.option("--data", metavar="FILE", help="Examples for quality, agreement and the real length mix.")
 @TASK
 @COLUMNS
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --data.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of every system.")
-@click.option("--tokens", default="16,64,128", show_default=True, help="Sequence lengths to time.")
+@click.option("--tokens", default="16,64,128", show_default=True, help="Sequence lengths to time; with --url, 16-64.")
 @click.option("--batch", "batch_sizes", default="1,16", show_default=True, help="Batch sizes to time.")
 @click.option("--rounds", type=click.IntRange(min=3), default=11, show_default=True, help="Interleaved repeats.")
 @click.option("--engine", "engines", multiple=True, metavar="NAME", help="Also run every ONNX folder on this engine.")
@@ -36,7 +43,10 @@ Examples:
 )
 @JSON
 @HTML
+@click.pass_context
 def bench(
+    context: click.Context,
+    settings: ServerSettings,
     models: tuple[str, ...],
     data: str | None,
     task: str | None,
@@ -56,7 +66,26 @@ def bench(
     A model folder with weights runs on torch in float32 and bfloat16 and, exported on the fly, on ONNX Runtime in
     float32; a folder that effllm wrote runs as it is. Each system has its own warm process and the same threads; runs
     are interleaved. The first MODEL is the dense parent that the others are compared with.
+
+    With --url a running server is measured instead: this one's, TEI's, infinity's or any with their APIs. Closed loops
+    (--clients) send when the last answer came; open loops (--rate) send at random times and count latency from when a
+    request was due, so that waiting in line is counted too. Texts are those of --data, else English sentences, else of
+    the lengths in --tokens.
     """
+    check_flags(context, settings, models)
+    if settings.url:
+        asked = context.get_parameter_source("tokens") is ParameterSource.COMMANDLINE
+        bench_url(
+            settings,
+            data=data,
+            columns=columns,
+            limit=limit,
+            tokens=tokens if asked else "",
+            task=task,
+            json_file=json_file,
+            html_file=html_file,
+        )
+        return
     from pathlib import Path
 
     from effllm.cli.console import print_rows, progress, say, write_html, write_json
@@ -64,7 +93,7 @@ def bench(
     from effllm.lineup import BenchSettings
     from effllm.lineup import bench as run
 
-    settings = BenchSettings(
+    chosen = BenchSettings(
         data=Path(data) if data else None,
         task=task,
         columns=parse_columns(columns),
@@ -77,7 +106,7 @@ def bench(
         min_agreement=min_agreement,
     )
     with progress() as track:
-        rows = run(models, settings, track)
+        rows = run(models, chosen, track)
     if json_file != "-":
         print_rows(rows)
     if json_file:

@@ -12,6 +12,14 @@ from effllm.rows import Row
 SPEED_METRICS = ("latency p50", "latency p95", "throughput", "speed-up")
 SIZE_METRICS = ("model size", "folder size", "load time", "peak memory")
 BATCH_METRICS = ("batch spread", "batch dependent")
+SERVING_VARIES = ("clients", "rate", "outcome", "within_ms")
+SERVING_COLUMNS = {
+    "throughput served": "texts/s",
+    "goodput": "good texts/s",
+    "request p50": "p50, ms",
+    "request p90": "p90, ms",
+    "request p99": "p99, ms",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class _Column:
 
 def all_tables(measured: Measured) -> list[Table]:
     """Return every table of the report, section by section. Each row is in one of them."""
-    builders = (_quality, _agreement, _speed, _sizes, _batch)
+    builders = (_quality, _agreement, _speed, _serving, _sizes, _batch)
     tables: list[Table] = []
     for builder in builders:
         for suffix, rows in measured.places():
@@ -218,6 +226,63 @@ def _speed_up_cell(row: Row) -> Cell:
 
 def _number_cell(row: Row) -> Cell:
     return Cell(*text.significant(row.value, row.low, row.high))
+
+
+def _serving(measured: Measured, rows: Sequence[Row], suffix: str) -> list[Table]:
+    """Return a table per API and kind of text, with one line for each load on each server."""
+    tables = []
+    for group in grouped((row for row in rows if row.how.get("role") == "serving"), SERVING_VARIES):
+        loads: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in group:
+            loads.setdefault((_load_name(row), row.system), {})[f"{row.metric}{row.how.get('outcome', '')}"] = row
+        # Where every answer was in time, goodput says nothing of its own; the 90th percentile takes its place.
+        late = any("goodput" in r and r["goodput"].value != r["throughput served"].value for r in loads.values())
+        columns = {k: v for k, v in SERVING_COLUMNS.items() if k != ("request p90" if late else "goodput")}
+        alone = len({system for _, system in loads}) == 1
+        lines = []
+        for (load, system), found in loads.items():
+            first = Cell(load) if alone else Cell(measured.label(system), load)
+            cells = [_serving_cell(found.get(metric)) for metric in columns]
+            lines.append((first, *cells, _outcomes_cell(found.values())))
+        conditions = {k: v for k, v in group[0].how.items() if k not in {"role", *SERVING_VARIES}}
+        title = f"{measured.label(group[0].system) + ': ' if alone else ''}{text.conditions(conditions)}{suffix}"
+        header = ("load" if alone else "system", *columns.values(), "other outcomes")
+        tables.append(Table("Serving", title, header, tuple(lines), _serving_notes(group, late), tuple(group)))
+    return tables
+
+
+def _serving_cell(row: Row | None) -> Cell:
+    """Return a number; with its interval where 80 columns have room for it."""
+    if row is None:
+        return Cell(text.ABSENT, tone="muted")
+    return Cell(text.significant(row.value)[0]) if row.metric in {"goodput", "request p90"} else _number_cell(row)
+
+
+def _load_name(row: Row) -> str:
+    clients, rate = row.how.get("clients"), row.how.get("rate")
+    return text.plain(f"{rate:g} requests/s" if rate else f"{clients} client{'' if clients == 1 else 's'}")
+
+
+def _serving_notes(rows: Sequence[Row], late: bool) -> tuple[str, ...]:
+    """Say what a good answer is, and how far the client itself can be seen in the numbers."""
+    limits = dict.fromkeys(f"{row.how['within_ms']:g} ms" for row in rows if "within_ms" in row.how)
+    good = [f"Good: answered within {' or '.join(limits)}."] if late else []
+    delays = [row.value for row in rows if row.metric == "send delay p99"]
+    costs = [row.value for row in rows if row.metric == "client CPU per request"]
+    if not delays or not costs:
+        return tuple(good)
+    client = f"Client: up to {max(costs):.0f} µs of CPU per request, up to {max(delays):.1f} ms late in sending (p99)."
+    return (*good, client)
+
+
+def _outcomes_cell(rows: Iterable[Row]) -> Cell:
+    """Return how many requests were not answered, and what became of them."""
+    counts = {str(r.how.get("outcome")): r.value for r in rows if r.metric == "requests" and r.value}
+    bad = {outcome: count for outcome, count in counts.items() if not outcome.startswith("2")}
+    if not bad:
+        return Cell("none")
+    parts = "\n".join(f"{text.plain(outcome)}: {count:.0f}" for outcome, count in bad.items())
+    return Cell(f"{sum(bad.values()):.0f}", parts, "worse")
 
 
 def _sizes(measured: Measured, rows: Sequence[Row], suffix: str) -> list[Table]:

@@ -1,0 +1,360 @@
+"""What `effllm serve` costs over the bare model, what it is worth beside other servers, and what breaks it.
+
+    python benchmarks/serving.py DIR [--only peers,overload,kill,soak] [--litserve-python PYTHON]
+
+DIR is an embedding model that `effllm export` or `effllm compress` wrote, such as all-MiniLM-L6-v2. Every server is a
+process of its own with the same threads; the load comes from this process (`effllm bench --url` is the same code) and
+takes its share of the same cores. Writes `results/serving.jsonl`; with `--only`, rows of the other parts stay.
+
+- **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor (where
+  its environment is given), and the bare loop without a server (tokenise, sort by length, run): 32 clients with 16–64
+  and with 8–128 tokens, and one client. Medians of rounds, 95 % intervals of medians and of ratios of medians.
+- **overload**: four times as many requests as it can answer, at random times, for a minute.
+- **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
+- **soak**: 80 % of what it can answer, for half an hour; memory and p99 of the first and the last fifth.
+
+Texts are common words, one token each. One machine whose cores client and server share; no network, no GPU, embeddings
+only. A model whose answers depend on their batch (dynamic int8) is served one text at a time, but looped in batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers.processes import RawLoop, ServerProcess, effllm_command, peer_command
+
+from effllm import machine
+from effllm.data.lengths import texts_of_lengths
+from effllm.measure.drive import run_async, send_load
+from effllm.measure.server_settings import Load
+from effllm.measure.serving_load import TIMED_OUT, LoadRun, Sent
+from effllm.measure.statistics import median_interval, ratio_of_medians
+from effllm.rows import Row, read_rows, write_rows
+
+RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
+OURS, NAIVE, LITSERVE = "effllm serve", "FastAPI by hand", "LitServe"
+LOOP, SORTED_LOOP = "loop, as many texts as clients", "loop, all texts sorted"
+CLIENTS = 32
+TEXTS = 512
+LOADS = ((CLIENTS, 16, 64), (CLIENTS, 8, 128), (1, 16, 64))
+"""Clients, and the fewest and the most tokens of a text."""
+CLEAR = ("200", "429", "503", "504")
+"""The outcomes that tell a client where it stands."""
+PATIENCE_S = 60.0
+"""How long a client waits: longer than the server's own limit, so that the server has to say something first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The flags."""
+
+    folder: Path
+    threads: int
+    rounds: int
+    seconds: float
+    overload_s: float
+    kill_s: float
+    soak_minutes: float
+    max_queue: int
+    litserve_python: str
+
+    def ours(self) -> ServerProcess:
+        """Return `effllm serve`, not started."""
+        flags = ["--max-queue", str(self.max_queue), "--max-inputs", str(min(128, self.max_queue))]
+        return ServerProcess(OURS, effllm_command(self.folder, self.threads, flags))
+
+    def how(self, part: str, **more: Any) -> dict[str, Any]:
+        """Return the conditions of a part's rows."""
+        return {"role": "serving", "part": part, "model": self.folder.name, "threads": self.threads, **more}
+
+
+def drive(server: ServerProcess, texts: Sequence[str], load: Load) -> LoadRun:
+    """Send a load of single texts."""
+    patient = dataclasses.replace(load, timeout_s=PATIENCE_S)
+    return run_async(send_load(server.endpoint, [[text] for text in texts], patient))
+
+
+def row(metric: str, value: float, unit: str, system: str, how: Mapping[str, Any], **more: Any) -> Row:
+    """Return a row of this machine."""
+    return Row(metric, value, unit, system, how=dict(how), machine=machine.describe(), **more)
+
+
+@dataclass
+class Rounds:
+    """What each system did in each round of one load: texts per second, p50 and p99; and all outcomes."""
+
+    rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    p50s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    p99s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def add(self, system: str, run: LoadRun) -> None:
+        """Take a round of a server. Ends the benchmark when it answered nothing."""
+        counted = run.counted()
+        latencies = [one.latency_ms for one in counted if one.answered]
+        if not latencies:
+            raise SystemExit(f"{system} answered nothing: {Counter(one.outcome for one in counted)}")
+        done = sum(one.texts for one in run.sent if one.answered and 0 <= one.done_s < run.seconds)
+        self.rates[system].append(done / run.seconds)
+        self.p50s[system].append(float(np.median(latencies)))
+        self.p99s[system].append(float(np.quantile(latencies, 0.99)))
+        self.outcomes[system].update(one.outcome for one in counted)
+
+    def rows(self, how: Mapping[str, Any]) -> Iterator[Row]:
+        """Yield medians over rounds, and ratios and differences of effllm to each of the others."""
+        kinds = (
+            ("throughput served", "texts/s", self.rates),
+            ("request p50", "ms", self.p50s),
+            ("request p99", "ms", self.p99s),
+        )
+        for metric, unit, found in kinds:
+            for system, values in found.items():
+                median, low, high = median_interval(values)
+                yield row(metric, median, unit, system, how, n=len(values), low=low, high=high)
+        for system, counts in self.outcomes.items():
+            for outcome, count in counts.items():
+                yield row("requests", count, "requests", system, {**how, "outcome": outcome})
+        for metric, _, found in kinds:
+            for system in (name for name in found if name != OURS):
+                ratio, low, high = ratio_of_medians(found[OURS], found[system])
+                over = {**how, "role": "serving ratio", "over": system}
+                yield row(f"{metric}, ratio", ratio, "x", OURS, over, n=len(found[OURS]), low=low, high=high)
+        added = [ours - loop for ours, loop in zip(self.p50s[OURS], self.p50s.get(LOOP, []), strict=False)]
+        if added:
+            median, low, high = median_interval(added)
+            over = {**how, "role": "serving ratio", "over": LOOP}
+            yield row("request p50, added", median, "ms", OURS, over, n=len(added), low=low, high=high)
+
+
+def peers(plan: Plan) -> Iterator[Row]:
+    """Measure the servers and the loop against each other, in rounds that rotate."""
+    servers = [plan.ours(), ServerProcess(NAIVE, peer_command("naive_fastapi.py", plan.folder, plan.threads))]
+    if plan.litserve_python:
+        command = peer_command("litserve_server.py", plan.folder, plan.threads, plan.litserve_python)
+        servers.append(ServerProcess(LITSERVE, command))
+    else:
+        say("LitServe is skipped: no --litserve-python")
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(RawLoop(plan.folder, plan.threads))
+        for server in servers:
+            say(f"starting {server.name}")
+            stack.enter_context(server)
+        for clients, low, high in LOADS:
+            found = _interleaved(plan, servers, loop, clients, texts_of_lengths(low, high, TEXTS))
+            yield from found.rows(plan.how("peers", clients=clients, tokens=f"{low}–{high}"))
+
+
+def _interleaved(plan: Plan, servers: Sequence[ServerProcess], loop: RawLoop, clients: int, texts: list[str]) -> Rounds:
+    """Return what each system did with one load, round by round."""
+    found = Rounds()
+    load = Load(clients=clients, seconds=plan.seconds, warm_up_s=1.0)
+
+    def served(server: ServerProcess) -> None:
+        found.add(server.name, drive(server, texts, load))
+
+    calls: dict[str, Callable[[], None]] = {server.name: partial(served, server) for server in servers}
+    for name, chunk in ((LOOP, clients), *(((SORTED_LOOP, TEXTS),) if clients > 1 else ())):
+        calls[name] = partial(_loop_round, found, name, loop, texts, chunk, plan.seconds)
+    names = list(calls)
+    for index in range(plan.rounds):
+        say(f"{clients} clients: round {index + 1} of {plan.rounds}")
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            calls[name]()
+    return found
+
+
+def _loop_round(found: Rounds, name: str, loop: RawLoop, texts: list[str], chunk: int, seconds: float) -> None:
+    answer = loop.run(texts, chunk, seconds)
+    found.rates[name].append(answer["texts_per_s"])
+    if chunk == 1:  # what one client waits for
+        found.p50s[name].append(answer["p50_ms"])
+
+
+def peak_rate(server: ServerProcess, texts: Sequence[str], seconds: float) -> float:
+    """Return what the server answers, in texts per second, when 32 clients ask without a pause."""
+    run = drive(server, texts, Load(clients=CLIENTS, seconds=seconds, warm_up_s=2.0))
+    return len([one for one in run.sent if one.answered and 0 <= one.done_s < seconds]) / seconds
+
+
+def overload(plan: Plan) -> Iterator[Row]:
+    """Measure four times the peak."""
+    texts = texts_of_lengths(16, 64, TEXTS)
+    with plan.ours() as server:
+        peak = peak_rate(server, texts, max(plan.seconds, 10.0))
+        say(f"overload: peak {peak:.0f} texts/s, {4 * peak:.0f} requests/s for {plan.overload_s:g} s")
+        run = drive(server, texts, Load(rate=4 * peak, seconds=plan.overload_s, warm_up_s=3.0))
+    how = plan.how("overload", tokens="16–64", max_queue=plan.max_queue)
+    yield from overload_rows(run, peak, plan.max_queue, how)
+
+
+def overload_rows(run: LoadRun, peak: float, max_queue: int, how: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield what a server did under more than it can answer.
+
+    The queue bound is the time that a full queue takes at the peak rate: no accepted request should wait for longer,
+    apart from its own batch and the batch before it.
+    """
+    yield row("peak", peak, "texts/s", OURS, {**how, "clients": CLIENTS})
+    how = {**how, "rate": round(4 * peak, 1)}
+    rows = run.rows(OURS, how, within_ms=1e9)
+    yield from (one for one in rows if one.metric != "goodput")
+    served = next(one for one in rows if one.metric == "throughput served")
+    low, high = ((bound or 0.0) / peak for bound in (served.low, served.high))
+    checks = {**how, "role": "serving check"}
+    yield row("goodput, share of peak", served.value / peak, "share", OURS, checks, n=served.n, low=low, high=high)
+    yield row("queue bound", max_queue / peak * 1e3, "ms", OURS, checks)
+    counted = run.counted()
+    yield row("server errors", len([o for o in counted if o.outcome.startswith("5")]), "requests", OURS, checks)
+    refused = [(one.done_s - one.sent_s) * 1e3 for one in counted if one.outcome == "429"]
+    if refused:
+        yield row("refusal p99", float(np.quantile(refused, 0.99)), "ms", OURS, checks, n=len(refused))
+
+
+def kill(plan: Plan) -> Iterator[Row]:
+    """Kill the worker twice under load."""
+    texts, kills = texts_of_lengths(16, 64, TEXTS), []
+    with plan.ours() as server:
+        if not server.workers():
+            raise SystemExit("effllm serve has no worker process to kill")
+        start = time.perf_counter()
+
+        def strike() -> None:
+            for pid in server.workers():
+                os.kill(pid, signal.SIGKILL)
+            kills.append(time.perf_counter() - start)
+
+        timers = [threading.Timer(share * plan.kill_s, strike) for share in (1 / 4, 5 / 8)]
+        for timer in timers:
+            timer.start()
+        run = drive(server, texts, Load(clients=CLIENTS, seconds=plan.kill_s, warm_up_s=0.0))
+        for timer in timers:
+            timer.cancel()
+    yield from kill_rows(run, kills, plan.how("kill", tokens="16–64", clients=CLIENTS))
+
+
+def kill_rows(run: LoadRun, kills_s: Sequence[float], how: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield how requests ended when workers were killed at some times, and how soon answers came again."""
+    yield from (one for one in run.rows(OURS, how, within_ms=1e9) if one.metric != "goodput")
+    checks = {**how, "role": "serving check"}
+    yield row("workers killed", len(kills_s), "times", OURS, checks)
+    yield row("requests that hung", _count(run.sent, lambda o: o == TIMED_OUT), "requests", OURS, checks)
+    unclear = _count(run.sent, lambda o: o not in CLEAR)
+    yield row("requests without a clear end", unclear, "requests", OURS, checks, n=len(run.sent))
+    for number, at in enumerate(kills_s, start=1):
+        # What was sent before the kill may still be answered by what the worker had sent home.
+        after = [one.done_s - at for one in run.sent if one.answered and one.sent_s > at]
+        if after:
+            yield row("time to the next answer", min(after), "s", OURS, {**checks, "kill": number})
+
+
+def _count(sent: Sequence[Sent], wanted: Callable[[str], bool]) -> int:
+    return sum(wanted(one.outcome) for one in sent)
+
+
+def soak(plan: Plan) -> Iterator[Row]:
+    """Measure 80 % of the peak for a long time."""
+    texts, memory = texts_of_lengths(16, 64, TEXTS), []
+    with plan.ours() as server:
+        peak = peak_rate(server, texts, max(plan.seconds, 10.0))
+        load = Load(rate=0.8 * peak, seconds=plan.soak_minutes * 60, warm_up_s=10.0)
+        say(f"soak: {load.rate:.0f} requests/s for {plan.soak_minutes:g} minutes")
+        ended = threading.Event()
+        start = time.perf_counter() + load.warm_up_s
+
+        def watch() -> None:
+            while not ended.wait(1.0):
+                memory.append((time.perf_counter() - start, server.memory_bytes()))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        run = drive(server, texts, load)
+        ended.set()
+        watcher.join()
+    yield from soak_rows(run, memory, plan.how("soak", tokens="16–64", rate=round(load.rate, 1)))
+
+
+def soak_rows(run: LoadRun, memory: Sequence[tuple[float, int]], how: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield memory and p99 in the first and the last fifth of a run; memory is (time in s, bytes)."""
+    yield from (one for one in run.rows(OURS, how, within_ms=1e9) if one.metric != "goodput")
+    fifths = {"first": (0.0, run.seconds / 5), "last": (run.seconds * 4 / 5, run.seconds)}
+    resident: dict[str, float] = {}
+    for name, (begin, end) in fifths.items():
+        checks = {**how, "role": "serving check", "fifth": name}
+        latencies = [one.latency_ms for one in run.sent if one.answered and begin <= one.due_s < end]
+        sizes = [size for at, size in memory if begin <= at < end]
+        if latencies:
+            yield row(
+                "request p99 of a fifth", float(np.quantile(latencies, 0.99)), "ms", OURS, checks, n=len(latencies)
+            )
+        if sizes:
+            resident[name] = float(np.median(sizes))
+            yield row("resident memory", resident[name], "bytes", OURS, checks, n=len(sizes))
+    if len(resident) == 2:
+        growth = resident["last"] / resident["first"] - 1
+        yield row("memory growth", growth, "share", OURS, {**how, "role": "serving check"}, n=len(memory))
+
+
+PARTS: dict[str, Callable[[Plan], Iterator[Row]]] = {"peers": peers, "overload": overload, "kill": kill, "soak": soak}
+
+
+def say(text: str) -> None:
+    """Tell what is being done, on stderr."""
+    print(f"· {text}", file=sys.stderr, flush=True)
+
+
+def kept(path: Path, parts: Sequence[str]) -> list[Row]:
+    """Return the rows of a file that are of other parts."""
+    return [one for one in read_rows(path) if one.how.get("part") not in parts] if path.is_file() else []
+
+
+def main() -> None:
+    """Measure and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to measure (default: all)")
+    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="threads of every system")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of peers")
+    parser.add_argument("--seconds", type=float, default=8.0, help="seconds per system, load and round")
+    parser.add_argument("--overload-seconds", type=float, default=60.0)
+    parser.add_argument("--kill-seconds", type=float, default=60.0)
+    parser.add_argument("--soak-minutes", type=float, default=30.0)
+    parser.add_argument("--max-queue", type=int, default=256, help="the queue of effllm serve")
+    parser.add_argument("--litserve-python", default="", metavar="PYTHON", help="interpreter that has LitServe")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
+    flags = parser.parse_args()
+    parts = flags.only.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--only takes {', '.join(PARTS)}")
+    plan = Plan(
+        folder=flags.folder.resolve(),
+        threads=flags.threads,
+        rounds=flags.rounds,
+        seconds=flags.seconds,
+        overload_s=flags.overload_seconds,
+        kill_s=flags.kill_seconds,
+        soak_minutes=flags.soak_minutes,
+        max_queue=flags.max_queue,
+        litserve_python=flags.litserve_python,
+    )
+    for part in parts:
+        rows = list(PARTS[part](plan))
+        write_rows(flags.out, [*kept(flags.out, [part]), *rows])
+        for one in rows:
+            print(f"{part:9} {one.metric:30} {one.system:26} {one.value:10.4g} {one.unit}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What `bench --url` measures: a server under loads, as rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effllm.errors import ArtifactError, CheckFailed
+from effllm.measure.apis import Endpoint, ask, find_endpoint
+from effllm.measure.drive import run_async, send_load
+from effllm.measure.http_client import Client, Server
+from effllm.measure.server_settings import ServerSettings
+from effllm.progress import Track, silent
+from effllm.rows import Row
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts to send, and how rows describe them."""
+
+    texts: Sequence[str]
+    how: dict[str, Any]
+
+
+def read_key(file: Path) -> str:
+    """Read an API key. Raises ArtifactError, which does not quote it, when the file holds none."""
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"--key-file {file} cannot be read: {type(error).__name__}") from None
+    if not key or not key.isascii() or not key.isprintable():
+        raise ArtifactError(f"--key-file {file} does not hold one line of plain characters")
+    return key
+
+
+def groups(texts: Sequence[str], size: int, seed: int) -> list[list[str]]:
+    """Return the texts in a shuffled order, in groups of `size`; a last group that is not full is left out."""
+    order = random.Random(seed).sample(list(texts), len(texts))
+    while len(order) < size:
+        order += order
+    return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+
+
+def bench_server(
+    settings: ServerSettings, sets: Sequence[Texts], task: str = "feature-extraction", track: Track = silent
+) -> Iterator[Row]:
+    """Load a server and yield the rows, load by load.
+
+    Raises ArtifactError before any load when the server cannot be used, and CheckFailed, after the rows of what was
+    counted, when it stopped answering in the middle.
+    """
+    server = Server.of(settings.url, read_key(Path(settings.key_file)) if settings.key_file else "")
+    endpoint = run_async(_endpoint(settings, server, sets[0].texts[0], task))
+    system = settings.name or " ".join(filter(None, (server.name, settings.model)))
+    loads = settings.loads()
+    within_ms = settings.within or settings.timeout * 1e3
+    work = [(texts, load) for texts in sets for load in loads]
+    for texts, load in track(work, "loading the server", len(work)):
+        run = run_async(send_load(endpoint, groups(texts.texts, settings.inputs, settings.seed), load))
+        kind = {"rate": load.rate} if load.rate else {"clients": load.clients}
+        how = {"api": settings.api, "task": task, **texts.how, "inputs": settings.inputs, **kind}
+        yield from run.rows(system, {**how, "seconds": settings.seconds}, within_ms)
+        if run.died:
+            raise CheckFailed(f"{system} stopped answering under {load.name}, {run.seconds:.1f} s into the measurement")
+
+
+async def _endpoint(settings: ServerSettings, server: Server, text: str, task: str) -> Endpoint:
+    """Return the endpoint, tried with one request."""
+    client = Client(server, settings.timeout)
+    try:
+        endpoint = await find_endpoint(
+            client, server, api=settings.api, task=task, model=settings.model, path=settings.path
+        )
+        await ask(client, server, endpoint.request([text] * settings.inputs), f"POST {endpoint.path}")
+    finally:
+        client.close()
+    return endpoint
