@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from effllm.errors import EffllmError, MissingExtra, SettingError
-from effllm.serving.app import create_app
+from effllm.serving.app import create_app, read_key
 from effllm.serving.served import Models
 from effllm.serving.settings import ServeSettings
 
@@ -37,6 +37,7 @@ def serve(folders: Mapping[str, Path], settings: ServeSettings, started: Started
     returns. SIGHUP loads the folders again. Raises SettingError when the address is taken, ArtifactError when a folder
     cannot be loaded.
     """
+    read_key(settings.api_key_file)  # what is wrong with it should be known before models are loaded
     with contextlib.closing(bind(settings)) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(folders, settings, started, listener))
 

@@ -3,6 +3,8 @@
 const $ = (id) => document.getElementById(id);
 let models = [];
 let key = "";
+let task; /* of the model that is chosen */
+const drafts = new Map(); /* task -> what was written for it */
 
 const TASKS = {
   "fill-mask": {
@@ -218,9 +220,11 @@ function modelChosen() {
     if (one !== model && TASKS[one.task] === TASKS[model.task]) $("other").append(new Option(one.name, one.name));
   }
   $("other").value = [...$("other").options].some((option) => option.value === other) ? other : "";
-  const kept = readFields();
+  if (task) drafts.set(task, readFields());
+  task = TASKS[model.task];
+  const kept = drafts.get(task) ?? {};
   $("fields").replaceChildren();
-  for (const [name, title, example, optional] of TASKS[model.task].fields) {
+  for (const [name, title, example, optional] of task.fields) {
     const box = node("div");
     const label = node("label", title);
     const area = node("textarea");
@@ -241,7 +245,6 @@ function modelChosen() {
 async function run() {
   const fields = readFields();
   const wanted = [chosen("model"), chosen("other")].filter(Boolean);
-  const task = TASKS[wanted[0].task];
   const found = [];
   for (const id of ["results", "difference"]) $(id).replaceChildren();
   $("difference").hidden = $("error").hidden = true;
