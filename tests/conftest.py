@@ -114,6 +114,17 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Task -> the ONNX folder of a tiny BERT."""
+    import effllm
+
+    root = tmp_path_factory.mktemp("exported")
+    for task in HEADS:
+        effllm.export(make_model(root / f"{task}-model", "bert", task), root / task, task=task)
+    return {task: root / task for task in HEADS}
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """The packaged all-MiniLM-L6-v2."""
     from effllm.data.packaged import minilm

@@ -20,9 +20,9 @@ TEXT = "Ada lives in Paris, and the quick brown fox sleeps."
 
 
 @pytest.fixture(scope="module")
-def server(folders: dict[str, Path]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(exported: dict[str, Path]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`effllm serve` over all folders, one of them by a name of its own, and its URL."""
-    arguments = [str(folder) for folder in folders.values()] + [f"twin={folders['text-classification']}"]
+    arguments = [str(folder) for folder in exported.values()] + [f"twin={exported['text-classification']}"]
     command = [sys.executable, "-m", "effllm", "serve", *arguments, "--port", "0", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         table = ""
@@ -30,14 +30,14 @@ def server(folders: dict[str, Path]) -> Iterator[tuple[subprocess.Popen[str], st
             line = running.stdout.readline()
             assert line, running.stderr.read()
             table += line
-        for name in (*folders, "twin"):
+        for name in (*exported, "twin"):
             assert name in table
         yield running, table.partition("serving on ")[2].split()[0]
         running.kill()
 
 
-def predictor(folders: dict[str, Path], task: str) -> Predictor:
-    return Predictor.open(folders[task], threads=1)
+def predictor(exported: dict[str, Path], task: str) -> Predictor:
+    return Predictor.open(exported[task], threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def ask(server, client: httpx.Client, path: str, body: dict) -> httpx.Response:
     return answer
 
 
-def test_embeddings_are_the_predictors(folders, server, client) -> None:
-    own = predictor(folders, "feature-extraction").embed([TEXT, "a fox"])
+def test_embeddings_are_the_predictors(exported, server, client) -> None:
+    own = predictor(exported, "feature-extraction").embed([TEXT, "a fox"])
     assert ask(server, client, "/embed", {"inputs": [TEXT, "a fox"]}).json() == pytest.approx(own, abs=1e-5)
     data = ask(server, client, "/v1/embeddings", {"input": [TEXT, "a fox"], "model": "feature-extraction"}).json()[
         "data"
@@ -72,8 +72,8 @@ def test_embeddings_are_the_predictors(folders, server, client) -> None:
     assert cosines == pytest.approx([own[0] @ own[1], 1.0], abs=1e-5)
 
 
-def test_classes_are_the_predictors(folders, server, client) -> None:
-    own = predictor(folders, "text-classification")
+def test_classes_are_the_predictors(exported, server, client) -> None:
+    own = predictor(exported, "text-classification")
     for inputs, expected in [(TEXT, own.predict(TEXT)), ([TEXT, "a fox"], own.predict(TEXT, "a fox"))]:
         for path in ("/predict", "/models/twin/predict"):
             answer = ask(server, client, path, {"inputs": inputs}).json()
@@ -83,17 +83,17 @@ def test_classes_are_the_predictors(folders, server, client) -> None:
     assert {one["label"]: one["score"] for one in raw} == pytest.approx(by_label, abs=1e-4)
 
 
-def test_entities_masks_and_answers_are_the_predictors(folders, server, client) -> None:
-    tagger = predictor(folders, "token-classification").predict(" ".join(WORDS.findall(TEXT)))
+def test_entities_masks_and_answers_are_the_predictors(exported, server, client) -> None:
+    tagger = predictor(exported, "token-classification").predict(" ".join(WORDS.findall(TEXT)))
     groups = ask(server, client, "/predict", {"inputs": TEXT, "model": "token-classification"}).json()
     assert all(TEXT[one["start"] : one["end"]] == one["word"] for one in groups)
     assert sum(len(WORDS.findall(one["word"])) for one in groups) == sum(tag != "O" for tag in tagger["tags"])
     masked = "the quick [MASK] sleeps"
-    best = predictor(folders, "fill-mask").predict(masked)["masks"][0]["candidates"]
+    best = predictor(exported, "fill-mask").predict(masked)["masks"][0]["candidates"]
     fillings = ask(server, client, "/predict", {"inputs": masked, "model": "fill-mask"}).json()
     assert [one["token"] for one in fillings] == [one["id"] for one in best]
     assert fillings[0]["sequence"] == f"the quick {best[0]['token']} sleeps"
-    expected = predictor(folders, "question-answering").predict("where does Ada live?", TEXT)
+    expected = predictor(exported, "question-answering").predict("where does Ada live?", TEXT)
     answer = ask(server, client, "/predict", {"inputs": {"question": "where does Ada live?", "context": TEXT}}).json()
     assert (answer["start"], answer["end"]) == (expected["start"], expected["end"])
     assert TEXT[answer["start"] : answer["end"]] == answer["answer"]
@@ -128,8 +128,8 @@ def test_odd_texts_are_answered_by_every_task(server, client) -> None:
         ask(server, client, "/tokenize", {"inputs": text})
 
 
-def test_a_damaged_folder_is_one_line_and_exit_2(folders, tmp_path: Path) -> None:
-    shutil.copytree(folders["fill-mask"], tmp_path / "damaged")
+def test_a_damaged_folder_is_one_line_and_exit_2(exported, tmp_path: Path) -> None:
+    shutil.copytree(exported["fill-mask"], tmp_path / "damaged")
     (tmp_path / "damaged" / "config.json").write_text("{}", encoding="utf-8")
     command = [sys.executable, "-m", "effllm", "serve", str(tmp_path / "damaged"), "--port", "0"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

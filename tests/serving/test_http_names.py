@@ -42,7 +42,7 @@ def test_names_that_cannot_be_are_refused(arguments: list[str]) -> None:
     if arguments == ["../x=a"]:
         assert list(name_folders(arguments)) == ["x-a"]  # a folder that is called so
         return
-    with pytest.raises(SettingError, match="name|both"):
+    with pytest.raises(SettingError, match=r"name|both"):
         name_folders(arguments)
 
 
