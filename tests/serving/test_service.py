@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import WORDS, make_model
 
-import effllm
 from effllm.errors import ArtifactError, SettingError
 from effllm.runtime.predictor import Predictor
 from effllm.serving.instance import Instance
@@ -31,7 +30,7 @@ from effllm.serving.refusals import (
     WrongTask,
 )
 from effllm.serving.served import POOLED, TOKEN_STATES
-from effllm.serving.service import Service, name_folders
+from effllm.serving.service import Service
 from effllm.serving.settings import ServeSettings
 from effllm.tasks import Example
 
@@ -39,12 +38,9 @@ TEXTS = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(20)]
 TASKS = ("text-classification", "feature-extraction", "fill-mask", "token-classification", "question-answering")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("served")
-    for task in TASKS:
-        effllm.export(make_model(root / f"{task}-model", "bert", task), root / task, task=task)
-    return {task: root / task for task in TASKS}
+@pytest.fixture
+def folders(exported: dict[str, Path]) -> dict[str, Path]:
+    return {task: exported[task] for task in TASKS}
 
 
 def run(
@@ -121,7 +117,7 @@ def test_models_are_found_by_name_and_by_task(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         assert service.find(None).info.name == TASKS[0]
         assert service.find(None, "fill-mask").info.name == "fill-mask"
-        with pytest.raises(UnknownModel, match="'nothing'.*text-classification"):
+        with pytest.raises(UnknownModel, match=r"'nothing'.*text-classification"):
             service.find("nothing")
         with pytest.raises(WrongTask, match="fill-mask answers fill-mask, not"):
             service.find("fill-mask", "feature-extraction")
@@ -326,12 +322,3 @@ def test_tokens_are_told_as_the_model_sees_them(folders: dict[str, Path]) -> Non
         assert (tokens[2].start, tokens[2].stop) == (len(WORDS[0]) + 1, len(WORDS[0]) + 1 + len(WORDS[1]))
 
     run(classifier(folders), test)
-
-
-def test_names_come_from_folders(tmp_path: Path) -> None:
-    a, b = tmp_path / "a" / "model", tmp_path / "b" / "model"
-    assert name_folders([str(a)]) == {"model": a}
-    assert list(name_folders([str(a), str(b)])) == ["a-model", "b-model"]
-    assert list(name_folders([f"first={a}", str(b)])) == ["first", "model"]
-    with pytest.raises(SettingError, match="NAME=DIR"):
-        name_folders([f"x={a}", f"x={b}"])
