@@ -73,7 +73,7 @@ class _Endpoint:
         call.template = self._operation.path
         call.parameters = scope["path_params"]
         reply = await self._operation(self._shared, call, receive)
-        await send_reply(reply, send, self._shared.settings.timeout)
+        await send_reply(reply, send)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
