@@ -19,6 +19,7 @@ from torch import Tensor
 from . import tile as device
 from .backward import key_kernel, query_kernel, whole_kernel
 from .forward import forward_kernel
+from .rotary import Rotary
 from .term_gradients import bias_kernel, relative_kernel
 from .terms import UNLIMITED, Terms
 
@@ -219,6 +220,20 @@ def _mask_view(x: Tensor | None) -> device.View | None:
     return device.View(x.view(torch.uint8) if x.dtype == torch.bool else x, x.stride(0), x.stride(1), 0, 0)
 
 
+def _rotary(terms: Terms) -> Rotary | None:
+    cos, sin = terms.rotary_cos, terms.rotary_sin
+    if cos is None or sin is None:
+        return None
+    length, pairs = cos.shape[-2:]
+    return Rotary(_table_view(cos), _table_view(sin), length, pairs, 1 if terms.rotary_interleaved else pairs)
+
+
+def _table_view(x: Tensor) -> device.View:
+    """Return the view of (positions, pairs) or (1|B, positions, pairs)."""
+    sequence = x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0
+    return device.View(x, sequence, x.stride(-2), 0, x.stride(-1))
+
+
 def _device_terms(terms: Terms) -> device.Terms:
     slopes = terms.alibi_slopes
     heads = None if terms.heads is None else terms.heads.view(torch.uint8)
@@ -240,6 +255,7 @@ def _device_terms(terms: Terms) -> device.Terms:
         c2p=None if terms.c2p is None else _view(terms.c2p),
         p2c=None if terms.p2c is None else _view(terms.p2c),
         index=terms.relative_index,
+        rotary=_rotary(terms),
         seed=terms.seed,
         threshold=None if terms.seed is None else terms.threshold,
         rescale=None if terms.seed is None else 65536 / (65536 - terms.threshold),

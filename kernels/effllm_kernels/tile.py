@@ -53,6 +53,7 @@ class Terms(NamedTuple):
     c2p: Any
     p2c: Any
     index: Any
+    rotary: Any
     seed: Any
     threshold: Any
     rescale: Any
