@@ -54,7 +54,7 @@ def probabilities(q_tile, k, k_ptr, i, i0, j0, valid, batch, head, counts, keys,
     exists = key < valid
     if MASKED:
         exists = flags(t.key_mask, batch, key, exists)
-    k_tile = load_turned(k_ptr, k, key, t.rotary, batch, key, exists, WIDTH, BLOCK_D, ACC)
+    k_tile = load_turned(k_ptr, k, key, t, batch, key, exists, WIDTH, BLOCK_D, ACC)
     product = dot(q_tile, tl.trans(k_tile), ACC)
     rows = i[:, None]
     columns = key[None, :]
@@ -113,7 +113,7 @@ def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_ke
         k_ptr = place(k, batch, first_key, head // group)
         v_ptr = place(v, batch, first_key, head // group)
         q_ptr = place(q, batch, first, head)
-        q_tile = load_turned(q_ptr, q, i, t.rotary, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
+        q_tile = load_turned(q_ptr, q, i, t, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
         if SINGLE:
             p, top, _safe, key, exists = probabilities(
                 q_tile, k, k_ptr, i, i0, 0, valid, batch, head, counts, keys, offset, t, top, True, BLOCK_N, WIDTH,

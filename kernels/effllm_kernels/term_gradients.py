@@ -29,10 +29,10 @@ def logit_gradient(q, k, v, dout, lse, delta, t, batch, head, heads, group, i0, 
     exists = flags(t.key_mask, batch, j, j < valid)
     offset = keys - queries
     q_ptr = place(q, batch, first, head)
-    q_tile = load_turned(q_ptr, q, i, t.rotary, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
+    q_tile = load_turned(q_ptr, q, i, t, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
     do_tile = load_rows(place(dout, batch, first, head), dout, i, counts, WIDTH, BLOCK_D)
     k_ptr = place(k, batch, first_key, head // group)
-    k_tile = load_turned(k_ptr, k, j, t.rotary, batch, j, exists, WIDTH, BLOCK_D, ACC)
+    k_tile = load_turned(k_ptr, k, j, t, batch, j, exists, WIDTH, BLOCK_D, ACC)
     v_tile = load_rows(place(v, batch, first_key, head // group), v, j, exists, WIDTH, BLOCK_D)
     sums = row_sums(lse, batch, first, head, i, counts)
     known = row_delta(delta, batch, first, head, i, counts)

@@ -16,10 +16,11 @@ from effllm_kernels import (
 )
 from effllm_kernels.record import Case
 from oracle import assert_as_exact_as_torch, exact, leaves, output_gradient, plain, results, rotated
+from torch._dynamo.backends.debugging import aot_eager
 
 SMALL = Case("r", batch=2, queries=20, keys=20, heads=2, width=16, terms=("rotary",))
 TABLES = ("rotary_cos", "rotary_sin")
-LENGTHS = (0, 1, 17, 0, 6)
+LENGTHS = (0, 1, 17, 6)
 
 
 def angles(positions: torch.Tensor, pairs: int, theta: float) -> dict[str, torch.Tensor]:
@@ -37,7 +38,7 @@ def turned_before(given: dict, interleaved: bool = False) -> dict:
     return {"q": q, "k": k, "v": given["v"]}
 
 
-@pytest.mark.parametrize("theta", [10_000.0, 160_000.0])
+@pytest.mark.parametrize("theta", [10_000.0, pytest.param(160_000.0, marks=pytest.mark.slow)])
 def test_two_thetas_with_a_window_as_in_modernbert(theta, device):
     """Float32 tables beside half-precision inputs, rounded once: at least as exact as turning in half precision."""
     given = Case("m", batch=1, queries=75, keys=75, heads=1, width=16).inputs(torch.float16, device)
@@ -48,13 +49,12 @@ def test_two_thetas_with_a_window_as_in_modernbert(theta, device):
     assert_as_exact_as_torch(results(attention, given, dout), results(plain, half, dout), true)
 
 
-@pytest.mark.parametrize("pairs", [8, 5, 1])
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("pairs", "interleaved"), [(8, False), (5, True), (1, False)])
 def test_whole_and_partial_rotary_in_float64(pairs, interleaved, device):
     if device == "cuda":
         pytest.skip("float64 runs on the CPU")
-    given = Case("f", batch=1, queries=35, keys=40, heads=1, width=16).inputs(torch.float64, device)
-    given |= {name: x.double() for name, x in angles(torch.arange(40), pairs, 100.0).items()}
+    given = Case("f", batch=1, queries=34, keys=36, heads=1, width=16).inputs(torch.float64, device)
+    given |= {name: x.double() for name, x in angles(torch.arange(36), pairs, 100.0).items()}
     given["rotary_interleaved"] = interleaved
     dout = output_gradient(given)
     want = results(plain, given, dout)
@@ -62,7 +62,13 @@ def test_whole_and_partial_rotary_in_float64(pairs, interleaved, device):
         torch.testing.assert_close(value, want[name], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("terms", [("rotary", "softcap"), ("interleaved", "bias", "c2p", "p2c")])
+@pytest.mark.parametrize(
+    "terms",
+    [
+        ("rotary", "softcap"),
+        pytest.param(("interleaved", "bias", "c2p", "p2c"), marks=pytest.mark.slow),
+    ],
+)
 def test_gradcheck(terms, device):
     if device == "cuda":
         pytest.skip("float64 runs on the CPU")
@@ -104,9 +110,9 @@ def test_tables_of_each_sequence_serve_left_padding(device):
 @pytest.mark.parametrize("own_tables", [False, True])
 def test_packed_positions_count_within_each_sequence(own_tables, device):
     total, starts = sum(LENGTHS), torch.tensor([0, *LENGTHS], dtype=torch.int32, device=device).cumsum(0).int()
-    given = Case("p", batch=1, queries=total, keys=total, heads=2, width=16).inputs(torch.float32, device)
+    given = Case("p", batch=1, queries=total, keys=total, heads=1, width=16).inputs(torch.float32, device)
     given = {name: x[0] for name, x in given.items()}
-    late = torch.arange(5, device=device)[:, None] * 3 * own_tables
+    late = torch.arange(len(LENGTHS), device=device)[:, None] * 3 * own_tables
     tables = angles(late + torch.arange(17, device=device), 8, 1e2)
     shared = tables if own_tables else {name: x[0] for name, x in tables.items()}
     dout = output_gradient(given)
@@ -172,19 +178,17 @@ def test_compiled_whole_with_changing_lengths(device):
 
     def count(graph, inputs):
         graphs.append(graph)
-        return graph.forward
+        return aot_eager(graph, inputs)
 
     def loss(qkv, rotary_cos, rotary_sin):
         return attention_qkvpacked(qkv, window=4, rotary_cos=rotary_cos, rotary_sin=rotary_sin).square().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    counted = torch.compile(loss, fullgraph=True, backend=count)
+    compiled = torch.compile(loss, fullgraph=True, backend=count)
     for length in (9, 12, 15):
         drawn = Case("c", batch=2, queries=length, keys=length, heads=1, width=16).inputs(torch.float32, device)
         own = [torch.stack([drawn[n] for n in "qkv"], 2).requires_grad_() for _ in range(2)]
         loss(own[0], **tables).backward()
         compiled(own[1], **tables).backward()
-        counted(own[0].detach(), **tables)
         assert torch.equal(own[0].grad, own[1].grad)
     assert len(graphs) <= 2
 
