@@ -48,8 +48,13 @@ CASES = [
     (LONG("deberta", width=64, terms=("c2p", "p2c", "lengths")), HALF),
     (LONG("t5", width=64, terms=("relative_bias", "mask")), HALF),
     (LONG("softcap", width=64, terms=("softcap", "alibi", "heads")), HALF),
+    (LONG("rotary", width=64, terms=("rotary",)), HALF),
+    (LONG("rotary", width=128, terms=("rotary",)), HALF),
+    (LONG("rotary window", width=64, terms=("rotary", "window", "lengths")), HALF),
+    (LONG("interleaved", width=64, terms=("interleaved",)), HALF),
+    (Case("rotary short", batch=1, queries=128, keys=128, heads=2, width=64, terms=("rotary",)), HALF),
     (LONG("everything", width=64, terms=(
-        "lengths", "mask", "window", "bias", "alibi", "c2p", "p2c", "softcap", "dropout", "heads")), HALF),
+        "lengths", "mask", "window", "bias", "alibi", "c2p", "p2c", "softcap", "dropout", "heads", "rotary")), HALF),
 ]  # fmt: skip
 
 

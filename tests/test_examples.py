@@ -25,7 +25,7 @@ def test_the_kernels_example_prints_what_it_promises(capsys: pytest.CaptureFixtu
 
     kernels_in_your_model.main()
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3
+    assert len(printed) == 4
     for line in printed:
         assert f"    {line}\n" in kernels_in_your_model.__doc__
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .forward import key_blocks
+from .rotary import load_turned, turned_back
 from .tile import dot, dot_add, extent, flags, gradient_tile, load_rows, place, store_rows, unless_pruned
 
 
@@ -69,7 +70,8 @@ def query_kernel(q, k, v, out, dout, lse, dlse, delta, dq, t, blocks, heads, gro
     high = tl.where(unless_pruned(t, head, i0 < valid_rows), high, low)
     total = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if high > low:
-        q_tile = load_rows(place(q, batch, first, head), q, i, counts, WIDTH, BLOCK_D)
+        q_ptr = place(q, batch, first, head)
+        q_tile = load_turned(q_ptr, q, i, t, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
         do_tile = load_rows(place(dout, batch, first, head), dout, i, counts, WIDTH, BLOCK_D)
         out_tile = load_rows(place(out, batch, first, head), out, i, counts, WIDTH, BLOCK_D)
         known = write_delta(out_tile, do_tile, dlse, delta, batch, first, head, i, counts, i < queries, ACC)
@@ -79,13 +81,14 @@ def query_kernel(q, k, v, out, dout, lse, dlse, delta, dq, t, blocks, heads, gro
         for j0 in range(low, high, BLOCK_N):
             j = j0 + tl.arange(0, BLOCK_N)
             exists = flags(t.key_mask, batch, j, j < valid)
-            k_tile = load_rows(k_ptr, k, j, exists, WIDTH, BLOCK_D)
+            k_tile = load_turned(k_ptr, k, j, t, batch, j, exists, WIDTH, BLOCK_D, ACC)
             v_tile = load_rows(v_ptr, v, j, exists, WIDTH, BLOCK_D)
             _p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
                                            batch * heads + head, batch, head, keys, offset, t, False, BLOCK_M,
                                            BLOCK_N, ACC)  # fmt: skip
             total = dot_add(dproduct.to(k_tile.dtype), k_tile, total)
-    store_rows(place(dq, batch, first, head), dq, i, i < queries, total * tl.full((), t.scale, ACC), WIDTH, BLOCK_D)
+    total = turned_back(total * tl.full((), t.scale, ACC), t, batch, i + offset, counts, BLOCK_D, ACC)
+    store_rows(place(dq, batch, first, head), dq, i, i < queries, total, WIDTH, BLOCK_D)
 
 
 @triton.jit
@@ -107,14 +110,16 @@ def key_kernel(q, k, v, dout, lse, delta, dk, dv, t, blocks, heads, group, max_q
     k_total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     v_total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     if high > low:
-        k_tile = load_rows(place(k, batch, first_key, key_head), k, j, exists, WIDTH, BLOCK_D)
+        k_ptr = place(k, batch, first_key, key_head)
+        k_tile = load_turned(k_ptr, k, j, t, batch, j, exists, WIDTH, BLOCK_D, ACC)
         v_tile = load_rows(place(v, batch, first_key, key_head), v, j, exists, WIDTH, BLOCK_D)
         for head in range(key_head * group, key_head * group + group):
             end = tl.where(unless_pruned(t, head, j0 < valid), high, low)
             for i0 in range(low, end, BLOCK_M):
                 i = i0 + tl.arange(0, BLOCK_M)
                 counts = flags(t.query_mask, batch, i, i < valid_rows)
-                q_tile = load_rows(place(q, batch, first, head), q, i, counts, WIDTH, BLOCK_D)
+                q_ptr = place(q, batch, first, head)
+                q_tile = load_turned(q_ptr, q, i, t, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
                 do_tile = load_rows(place(dout, batch, first, head), dout, i, counts, WIDTH, BLOCK_D)
                 sums = row_sums(lse, batch, first, head, i, counts)
                 known = row_delta(delta, batch, first, head, i, counts)
@@ -123,7 +128,7 @@ def key_kernel(q, k, v, dout, lse, delta, dk, dv, t, blocks, heads, group, max_q
                                                      BLOCK_M, BLOCK_N, ACC)  # fmt: skip
                 v_total = dot_add(p.to(do_tile.dtype), do_tile, v_total)
                 k_total = dot_add(dproduct.to(q_tile.dtype), q_tile, k_total)
-    scaled = k_total * tl.full((), t.scale, ACC)
+    scaled = turned_back(k_total * tl.full((), t.scale, ACC), t, batch, j, exists, BLOCK_D, ACC)
     store_rows(place(dk, batch, first_key, key_head), dk, j, j < keys, scaled, WIDTH, BLOCK_D)
     store_rows(place(dv, batch, first_key, key_head), dv, j, j < keys, v_total, WIDTH, BLOCK_D)
 
@@ -140,7 +145,8 @@ def whole_kernel(q, k, v, out, dout, lse, dlse, delta, dq, dk, dv, t, heads, gro
     first_key, keys, valid = extent(t.key_starts, t.key_lengths, batch, max_key)
     j = tl.arange(0, BLOCK_N)
     exists = flags(t.key_mask, batch, j, j < valid)
-    k_tile = load_rows(place(k, batch, first_key, key_head), k, j, exists, WIDTH, BLOCK_D)
+    offset = keys - queries
+    k_tile = load_turned(place(k, batch, first_key, key_head), k, j, t, batch, j, exists, WIDTH, BLOCK_D, ACC)
     v_tile = load_rows(place(v, batch, first_key, key_head), v, j, exists, WIDTH, BLOCK_D)
     k_total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     v_total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -148,19 +154,21 @@ def whole_kernel(q, k, v, out, dout, lse, dlse, delta, dq, dk, dv, t, heads, gro
         for i0 in range(0, queries, BLOCK_M):
             i = i0 + tl.arange(0, BLOCK_M)
             counts = unless_pruned(t, head, flags(t.query_mask, batch, i, i < valid_rows))
-            q_tile = load_rows(place(q, batch, first, head), q, i, counts, WIDTH, BLOCK_D)
+            q_ptr = place(q, batch, first, head)
+            q_tile = load_turned(q_ptr, q, i, t, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
             do_tile = load_rows(place(dout, batch, first, head), dout, i, counts, WIDTH, BLOCK_D)
             out_tile = load_rows(place(out, batch, first, head), out, i, counts, WIDTH, BLOCK_D)
             known = write_delta(out_tile, do_tile, dlse, delta, batch, first, head, i, counts, i < queries, ACC)
             sums = row_sums(lse, batch, first, head, i, counts)
             p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, 0, counts, exists,
-                                                 batch * heads + head, batch, head, keys, keys - queries, t, True,
-                                                 BLOCK_M, BLOCK_N, ACC)  # fmt: skip
+                                                 batch * heads + head, batch, head, keys, offset, t, True, BLOCK_M,
+                                                 BLOCK_N, ACC)  # fmt: skip
             v_total = dot_add(p.to(do_tile.dtype), do_tile, v_total)
             dproduct = dproduct.to(q_tile.dtype)
             k_total = dot_add(dproduct, q_tile, k_total)
             q_grad = dot(tl.trans(dproduct), k_tile, ACC) * tl.full((), t.scale, ACC)
+            q_grad = turned_back(q_grad, t, batch, i + offset, counts, BLOCK_D, ACC)
             store_rows(place(dq, batch, first, head), dq, i, i < queries, q_grad, WIDTH, BLOCK_D)
-    scaled = k_total * tl.full((), t.scale, ACC)
+    scaled = turned_back(k_total * tl.full((), t.scale, ACC), t, batch, j, exists, BLOCK_D, ACC)
     store_rows(place(dk, batch, first_key, key_head), dk, j, j < keys, scaled, WIDTH, BLOCK_D)
     store_rows(place(dv, batch, first_key, key_head), dv, j, j < keys, v_total, WIDTH, BLOCK_D)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_attention import attention, positive, seed_tensor
+from .fused_attention import attention, attention_qkvpacked, check_rotary, positive, seed_tensor
 from .operators import NAMESPACE
 from .terms import UNLIMITED, Terms
 
@@ -64,11 +64,18 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
 ) -> Any:
     """Return attention of packed sequences: q (T_q, H, D), k and v (T_k, H_k, D), sequence n at cu_seqlens[n:n + 2].
 
     A sequence may be empty; rows after the last one give zero. No sequence may be longer than its `max_seqlen`. With
     `return_attn_probs`: (out, log-sum-exp (H, T_q), None). Raises ValueError for a `block_table` (paged caches).
+
+    Not in FlashAttention's signature: `rotary_cos` and `rotary_sin`, (S, D_rot / 2) or (sequences, S, D_rot / 2), turn
+    q and k as in `attention`. Positions count within each sequence; a row before its sequence's first key stays.
     """
     if block_table is not None:
         raise ValueError("block_table is not supported: keys and values must be contiguous sequences, not pages")
@@ -76,11 +83,37 @@ def flash_attn_varlen_func(
         raise ValueError(f"q, k, v must be (T, H, D) of one dtype, got {q.shape}, {k.shape}, {v.shape}")
     if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1] or q.shape[2] > 256:
         raise ValueError(f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}: width equal and at most 256")
+    check_rotary(rotary_cos, rotary_sin, cu_seqlens_k.shape[0] - 1, max_seqlen_k, q.shape[2])
     terms = _packed_terms(
         q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes,
-    )  # fmt: skip
+    )._replace(rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved)  # fmt: skip
     out, lse = getattr(torch.ops, NAMESPACE).attention(q, k, v, *terms)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Return attention of q, k, v in one tensor (B, S, 3, H, D); see `attention_qkvpacked`, which takes padding too."""
+    out, lse = attention_qkvpacked(
+        qkv,
+        window=_window(window_size),
+        causal=causal,
+        dropout_p=dropout_p,
+        scale=softmax_scale,
+        softcap=softcap or None,
+        alibi_slopes=alibi_slopes,
+        return_lse=True,
+    )
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -96,14 +129,23 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
 ) -> Any:
-    """Return attention of packed sequences whose q, k and v are one tensor (T, 3, H, D); its gradient is one too."""
+    """Return attention of packed sequences whose q, k and v are one tensor (T, 3, H, D); its gradient is one too.
+
+    It is read in place, any strides, and the kernels write the gradient in place. Rotary tables as in
+    `flash_attn_varlen_func`.
+    """
     if qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.shape[3] > 256:
         raise ValueError(f"qkv must be (T, 3, H, D) with D at most 256, got {tuple(qkv.shape)}")
+    check_rotary(rotary_cos, rotary_sin, cu_seqlens.shape[0] - 1, max_seqlen, qkv.shape[3])
     terms = _packed_terms(
         qkv, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes,
-    )  # fmt: skip
+    )._replace(rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved)  # fmt: skip
     out, lse = getattr(torch.ops, NAMESPACE).packed_attention(qkv, *terms)
     return (out, lse, None) if return_attn_probs else out
 
@@ -142,6 +184,8 @@ def _packed_terms(
         c2p=None,
         p2c=None,
         relative_index=None,
+        rotary_cos=None,
+        rotary_sin=None,
         seed=seed_tensor(None, dropout_p, q.device),
         max_query=max_query,
         max_key=max_key,
@@ -150,4 +194,5 @@ def _packed_terms(
         dropout=float(dropout_p),
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else positive("softmax_scale", scale),
         softcap=positive("softcap", softcap) if softcap else 0.0,
+        rotary_interleaved=False,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rotary import load_turned
 from .tile import (
     LN2,
     dot,
@@ -53,7 +54,7 @@ def probabilities(q_tile, k, k_ptr, i, i0, j0, valid, batch, head, counts, keys,
     exists = key < valid
     if MASKED:
         exists = flags(t.key_mask, batch, key, exists)
-    k_tile = load_rows(k_ptr, k, key, exists, WIDTH, BLOCK_D)
+    k_tile = load_turned(k_ptr, k, key, t, batch, key, exists, WIDTH, BLOCK_D, ACC)
     product = dot(q_tile, tl.trans(k_tile), ACC)
     rows = i[:, None]
     columns = key[None, :]
@@ -111,7 +112,8 @@ def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_ke
     if high > low:
         k_ptr = place(k, batch, first_key, head // group)
         v_ptr = place(v, batch, first_key, head // group)
-        q_tile = load_rows(place(q, batch, first, head), q, i, counts, WIDTH, BLOCK_D)
+        q_ptr = place(q, batch, first, head)
+        q_tile = load_turned(q_ptr, q, i, t, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
         if SINGLE:
             p, top, _safe, key, exists = probabilities(
                 q_tile, k, k_ptr, i, i0, 0, valid, batch, head, counts, keys, offset, t, top, True, BLOCK_N, WIDTH,

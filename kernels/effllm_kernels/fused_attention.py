@@ -47,6 +47,9 @@ def attention(
     seed: int | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
     return_lse: bool = False,
 ) -> Any:
     """Return softmax(logits) v as (B, S_q, H, D) in q's dtype, and with `return_lse` also its log-sum-exp (B, H, S_q).
@@ -69,6 +72,15 @@ def attention(
       2021), already scaled. `relative_index` is (S_q + S_k - 1,) integers in [0, R), the column of distance i - j, in
       plain row and key numbers, at place i - j + S_k - 1.
 
+    With `rotary_cos` and `rotary_sin`, (S, D_rot / 2) or (B, S, D_rot / 2), S >= S_k, q and k are given without their
+    rotary embedding (Su et al. 2021): key j is turned by row j of the tables, row i by row i + S_k - S_q (S_q <= S_k).
+    Pairs are the columns (c, c + D_rot / 2), or with `rotary_interleaved` (2c, 2c + 1); columns from D_rot on stay. It
+    happens in registers, in float32, rounded once; gradients are those of the unturned q and k, the tables have none.
+    A tile is turned each time it is read: keys once for every 64 or 128 rows that see them, rows, in the backward pass
+    with more than one tile of keys, once for every tile of keys. That adds to each key read 3 · D_rot operations and
+    D_rot table entries (beside 2 · D elements), mostly out of the L2 cache, and saves reading and writing q and k once
+    more. Where rows see thousands of keys, turning q and k beforehand is likely the faster (not measured).
+
     Dropout is a function of (seed, batch, head, i, j) alone, its rate a multiple of 1/65536. `seed` is a number or a
     (1,) int64 tensor; without it one is drawn from torch's generator. Sums have a fixed order: equal inputs give equal
     bits, and a sequence's output does not depend, to the bit, on the others in its batch; nor do its gradients, except
@@ -80,9 +92,44 @@ def attention(
         q, k, v, key_lengths=key_lengths, key_mask=key_mask, query_lengths=query_lengths, query_mask=query_mask,
         bias=bias, alibi_slopes=alibi_slopes, relative_bias=relative_bias, c2p=c2p, p2c=p2c,
         relative_index=relative_index, heads=heads, window=window, causal=causal, dropout_p=dropout_p, seed=seed,
-        scale=scale, softcap=softcap,
+        scale=scale, softcap=softcap, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
     )  # fmt: skip
     out, lse = getattr(torch.ops, NAMESPACE).attention(q, k, v, *terms)
+    return (out, lse) if return_lse else out
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    heads: Tensor | None = None,
+    window: Window = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    return_lse: bool = False,
+) -> Any:
+    """Return `attention` of q, k and v that are one tensor (B, S, 3, H, D), as one projection writes it; any strides.
+
+    The tensor is read in place and its gradient is written as one, where slices of it passed to `attention` would have
+    their three gradients copied together. `lengths` (B,) and `mask` (B, S) say which positions count, as rows and keys.
+    """
+    _require(qkv.dim() == 5 and qkv.shape[2] == 3, f"qkv must be (B, S, 3, H, D), got {tuple(qkv.shape)}")
+    terms = attention_terms(
+        *qkv.unbind(2), key_lengths=lengths, key_mask=mask, query_lengths=lengths, query_mask=mask,
+        alibi_slopes=alibi_slopes, heads=heads, window=window, causal=causal, dropout_p=dropout_p, seed=seed,
+        scale=scale, softcap=softcap, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+    )  # fmt: skip
+    out, lse = getattr(torch.ops, NAMESPACE).packed_attention(qkv, *terms)
     return (out, lse) if return_lse else out
 
 
@@ -108,6 +155,9 @@ def attention_terms(
     seed: int | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
 ) -> Terms:
     """Return the checked terms of a call of `attention`, as the operator takes them."""
     _check(q, k, v)
@@ -124,6 +174,8 @@ def attention_terms(
         sums = torch.promote_types(relative_bias.dtype, torch.float32)  # the table's gradient is a long sum
         c2p = relative_bias.to(sums)[None, None].expand(batch, queries, -1, -1)
     _check_relative(q, k, c2p, p2c, relative_index)
+    check_rotary(rotary_cos, rotary_sin, batch, k.shape[1], width)
+    _require(rotary_cos is None or queries <= k.shape[1], "rotary_cos needs S_q <= S_k: a row's position is a key's")
     left, right = bounds(window, causal)
     return Terms(
         query_starts=None,
@@ -138,6 +190,8 @@ def attention_terms(
         c2p=c2p,
         p2c=p2c,
         relative_index=None if relative_index is None else relative_index.to(torch.int32),
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
         seed=seed_tensor(seed, dropout_p, q.device),
         max_query=queries,
         max_key=k.shape[1],
@@ -146,7 +200,26 @@ def attention_terms(
         dropout=float(dropout_p),
         scale=1 / math.sqrt(width) if scale is None else positive("scale", scale),
         softcap=0.0 if softcap is None else positive("softcap", softcap),
+        rotary_interleaved=rotary_interleaved,
     )
+
+
+def check_rotary(cos: Tensor | None, sin: Tensor | None, sequences: int, longest: int, width: int) -> None:
+    """Raise ValueError unless both tables or none are given, of one shape that covers the keys and fits the width."""
+    if cos is None or sin is None:
+        _require(cos is sin, "rotary_cos and rotary_sin go together")
+        return
+    # Messages are made only when raised: under torch.compile, a length in a string would become a constant.
+    if cos.shape != sin.shape or cos.dtype != sin.dtype or not cos.is_floating_point():
+        raise ValueError(f"rotary_cos and rotary_sin must be floats of one shape, got {_told(cos)} and {_told(sin)}")
+    fits = cos.dim() in {2, 3} and cos.shape[:-2] in {(), (1,), (sequences,)} and cos.shape[-2] >= longest
+    if not (fits and 0 < 2 * cos.shape[-1] <= width):
+        wanted = f"(S, D_rot / 2) or ({sequences}, S, D_rot / 2) with S at least {longest} and D_rot at most {width}"
+        raise ValueError(f"rotary_cos must be {wanted}, got {tuple(cos.shape)}")
+
+
+def _told(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype}"
 
 
 def bounds(window: Window, causal: bool) -> tuple[int, int]:
@@ -235,7 +308,9 @@ KERNEL = Kernel(
         Case("softcap", batch=1, queries=40, keys=40, heads=2, width=32, terms=("softcap", "causal")),
         Case("dropout", batch=2, queries=35, keys=70, heads=2, width=32, terms=("dropout", "lengths")),
         Case("pruned", batch=1, queries=35, keys=35, heads=4, key_heads=2, width=32, terms=("heads",)),
-        Case("everything", batch=2, queries=45, keys=45, heads=2, key_heads=1, width=32,
-             terms=("lengths", "mask", "window", "bias", "alibi", "c2p", "p2c", "softcap", "dropout", "heads")),
+        Case("rotary", batch=2, queries=40, keys=70, heads=4, key_heads=2, width=32, terms=("rotary", "lengths")),
+        Case("interleaved", batch=1, queries=70, keys=70, heads=2, width=40, terms=("interleaved", "window", "mask")),
+        Case("everything", batch=2, queries=45, keys=45, heads=2, key_heads=1, width=32, terms=(
+            "lengths", "mask", "window", "bias", "alibi", "c2p", "p2c", "softcap", "dropout", "heads", "rotary")),
     ),
 )  # fmt: skip

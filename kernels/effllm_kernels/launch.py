@@ -56,7 +56,8 @@ def forward_tile(q: Tensor, terms: Terms) -> Tile:
     elif width <= 64:
         tile = Tile(128, 128 if is_plain(terms) else 64, 8, 3)
     else:
-        tile = Tile(128, 64, 8, 3) if width <= 128 else Tile(64, 64, 8, 2)
+        stages = 3 if terms.rotary_cos is None else 2  # the tables pass through shared memory too
+        tile = Tile(128, 64, 8, stages) if width <= 128 else Tile(64, 64, 8, 2)
     return _shrink(tile, terms, least_keys=16)
 
 
@@ -67,7 +68,8 @@ def backward_tile(q: Tensor, terms: Terms) -> Tile:
         return Tile(32, 32, 8, 1)
     looks_up = any(term is not None for term in (terms.bias, terms.c2p, terms.p2c))
     if width <= 128:
-        tile = Tile(64, 64, 4, 1) if width > 64 or looks_up else Tile(64, 128, 8, 1)
+        wide = Tile(64, 64, 4 if terms.rotary_cos is None else 8, 1)
+        tile = wide if width > 64 or looks_up else Tile(64, 128, 8, 1)
     else:
         tile = Tile(64, 32, 8, 1)
     return _shrink(tile, terms, least_keys=64)
@@ -81,8 +83,8 @@ def _shrink(tile: Tile, terms: Terms, least_keys: int) -> Tile:
 
 
 def is_plain(terms: Terms) -> bool:
-    """Return whether a logit is only the scaled product and nothing is dropped."""
-    absent = (terms.bias, terms.alibi_slopes, terms.c2p, terms.p2c, terms.seed)
+    """Return whether a logit is only the scaled product of q and k as they are, and nothing is dropped."""
+    absent = (terms.bias, terms.alibi_slopes, terms.c2p, terms.p2c, terms.seed, terms.rotary_cos)
     return all(term is None for term in absent) and not terms.softcap
 
 
@@ -219,9 +221,18 @@ def _mask_view(x: Tensor | None) -> device.View | None:
     return device.View(x.view(torch.uint8) if x.dtype == torch.bool else x, x.stride(0), x.stride(1), 0, 0)
 
 
+def _table_view(x: Tensor | None) -> device.View | None:
+    """Return the view of (positions, pairs) or (1|B, positions, pairs)."""
+    if x is None:
+        return None
+    sequence = x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0
+    return device.View(x, sequence, x.stride(-2), 0, x.stride(-1))
+
+
 def _device_terms(terms: Terms) -> device.Terms:
     slopes = terms.alibi_slopes
     heads = None if terms.heads is None else terms.heads.view(torch.uint8)
+    positions, pairs = (None, None) if terms.rotary_cos is None else terms.rotary_cos.shape[-2:]
     steps = () if slopes is None else (0, slopes.stride(0)) if slopes.dim() == 1 else slopes.stride()
     return device.Terms(
         query_starts=terms.query_starts,
@@ -240,6 +251,11 @@ def _device_terms(terms: Terms) -> device.Terms:
         c2p=None if terms.c2p is None else _view(terms.c2p),
         p2c=None if terms.p2c is None else _view(terms.p2c),
         index=terms.relative_index,
+        cos=_table_view(terms.rotary_cos),
+        sin=_table_view(terms.rotary_sin),
+        positions=positions,
+        pairs=pairs,
+        step=1 if terms.rotary_interleaved and pairs else pairs,
         seed=terms.seed,
         threshold=None if terms.seed is None else terms.threshold,
         rescale=None if terms.seed is None else 65536 / (65536 - terms.threshold),

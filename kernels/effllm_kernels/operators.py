@@ -99,7 +99,8 @@ def _packed_attention_backward(
 ) -> Tensor:
     own, (q, k, v) = Terms(*terms), qkv.unbind(-3)
     if runs_kernels(qkv):
-        dqkv = torch.zeros(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        make = torch.zeros if own.packed else torch.empty  # rows after the last packed sequence belong to no program
+        dqkv = make(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         dq, dk, dv = dqkv.unbind(-3)
         launch.backward(dout, dlse, q, k, v, out, lse, own, (dq, dk, dv), None, None, None)
         return dqkv

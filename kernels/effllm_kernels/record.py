@@ -57,6 +57,9 @@ class Case:
             given["relative_index"] = (distance.clamp(-9, 9).abs() + (distance > 2) * 2).clamp(max=COLUMNS - 1)
         if "heads" in self.terms:
             given["heads"] = torch.arange(self.heads, device=device) != 1
+        if "rotary" in self.terms or "interleaved" in self.terms:
+            given |= draw.angles(self.keys, self.width // 4 if "interleaved" in self.terms else self.width // 2)
+            given["rotary_interleaved"] = "interleaved" in self.terms
         settings = {
             "window": ("window", WINDOW),
             "causal": ("causal", True),
@@ -102,6 +105,11 @@ class _Draw:
 
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.device)
+
+    def angles(self, positions: int, pairs: int) -> dict[str, Tensor]:
+        """Return cosines and sines of positions times falling frequencies, as models have them."""
+        phase = torch.arange(positions, dtype=torch.float64)[:, None] * 100.0 ** -(torch.arange(pairs) / pairs)
+        return {f"rotary_{f.__name__}": f(phase).to(self.device, self.dtype) for f in (torch.cos, torch.sin)}
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32).to(self.device)

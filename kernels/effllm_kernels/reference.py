@@ -1,5 +1,6 @@
 """The specification: every operation in plain torch, in float32 (float64 for float64 inputs), on any device.
 
+    q, k turned by their positions' angles (`_turned`), then
     z = softcap(scale · q kᵀ) + bias + alibi + c2p + p2c      softcap(x) = c · tanh(x / c)
     p = softmax(z over the visible keys)                      zero for a row that sees none
     o = (m ∘ p / (1 - rate)) v                                m: the dropout mask
@@ -109,14 +110,22 @@ def _sequences(q: Tensor, k: Tensor, terms: Terms) -> list[tuple[int, slice, sli
     assert terms.key_starts is not None
     starts, key_starts, found = terms.query_starts.tolist(), terms.key_starts.tolist(), []
     for n in range(len(starts) - 1):
-        one = terms._replace(query_starts=None, key_starts=None, alibi_slopes=_of_sequence(terms.alibi_slopes, n))
+        one = terms._replace(
+            query_starts=None,
+            key_starts=None,
+            alibi_slopes=_of_sequence(terms.alibi_slopes, n, 2),
+            rotary_cos=_of_sequence(terms.rotary_cos, n, 3),
+            rotary_sin=_of_sequence(terms.rotary_sin, n, 3),
+        )
         if starts[n + 1] > starts[n]:
             found.append((n, slice(starts[n], starts[n + 1]), slice(key_starts[n], key_starts[n + 1]), one))
     return found
 
 
-def _of_sequence(slopes: Tensor | None, number: int) -> Tensor | None:
-    return slopes if slopes is None or slopes.dim() == 1 else slopes[number : number + 1]
+def _of_sequence(x: Tensor | None, number: int, dimensions: int) -> Tensor | None:
+    """Return the part of a sequence where there is one for each, that is with so many dimensions."""
+    shared = x is None or x.dim() < dimensions or x.shape[0] == 1
+    return x if shared or x is None else x[number : number + 1]
 
 
 def _counting(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -134,7 +143,31 @@ def _clean(x: Tensor, counts: Tensor, heads: int) -> Tensor:
 
 def _clean_all(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
     rows, keys = _counting(q, terms.query_lengths, terms.query_mask), _counting(k, terms.key_lengths, terms.key_mask)
-    return _clean(q, rows, q.shape[2]), _clean(k, keys, q.shape[2]), _clean(v, keys, q.shape[2])
+    own, other = _clean(q, rows, q.shape[2]), _clean(k, keys, q.shape[2])
+    own, other = _turned(own, rows, terms, k.shape[1] - q.shape[1]), _turned(other, keys, terms, 0)
+    return own, other, _clean(v, keys, q.shape[2])
+
+
+def _turned(x: Tensor, counts: Tensor, terms: Terms, offset: int, *, back: bool = False) -> Tensor:
+    """Return (B, H, S, D) with each pair of columns (a, b) turned to (a cos - b sin, b cos + a sin); back if `back`.
+
+    Row i takes the angles at position i + offset. A row outside the tables stays, as one that does not count.
+    """
+    if terms.rotary_cos is None or terms.rotary_sin is None:
+        return x
+    length, pairs = terms.rotary_cos.shape[-2:]
+    position = torch.arange(x.shape[2], device=x.device) + offset
+    inside = (counts & (position >= 0) & (position < length))[..., None]
+    cos, sin = (
+        torch.where(inside, table[..., position.clamp(0, length - 1), :].to(x.dtype), still)[:, None]
+        for table, still in ((terms.rotary_cos, 1), (terms.rotary_sin, 0))
+    )
+    part, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    a, b = part.unflatten(-1, (pairs, 2)).unbind(-1) if terms.rotary_interleaved else part.split(pairs, -1)
+    sin = -sin if back else sin
+    both = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    both = both if terms.rotary_interleaved else both.transpose(-1, -2)
+    return torch.cat([both.flatten(-2), rest], -1)
 
 
 def _columns(terms: Terms, queries: int, keys: int) -> Tensor:
@@ -202,8 +235,9 @@ def _dense_backward(
     ds = dz * slope * terms.scale
     group = (k.shape[0], k.shape[2], q.shape[2] // k.shape[2], *k.shape[1:2], k.shape[3])
     dk, dv = ((x.mT @ y).view(group).sum(2) for x, y in ((ds, rows), (dropped, do)))
-    heads_last = ((ds @ keys).transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
-    dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in heads_last)
+    dq = _turned(ds @ keys, counts, terms, k.shape[1] - q.shape[1], back=True)
+    dk = _turned(dk, _counting(k, terms.key_lengths, terms.key_mask), terms, 0, back=True)
+    dq, dk, dv = (grad.transpose(1, 2).to(q.dtype).contiguous() for grad in (dq, dk, dv))
     dbias = None if terms.bias is None else dz.sum_to_size(terms.bias.shape).to(terms.bias.dtype)
     dc2p = dp2c = None
     if terms.c2p is not None:

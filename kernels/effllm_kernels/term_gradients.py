@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .backward import row_delta, row_sums
+from .rotary import load_turned
 from .tile import dot_add, extent, flags, gradient_tile, load_rows, place, unless_pruned
 
 
@@ -26,14 +27,17 @@ def logit_gradient(q, k, v, dout, lse, delta, t, batch, head, heads, group, i0, 
     j = j0 + tl.arange(0, BLOCK)
     counts = unless_pruned(t, head, flags(t.query_mask, batch, i, i < valid_rows))
     exists = flags(t.key_mask, batch, j, j < valid)
-    q_tile = load_rows(place(q, batch, first, head), q, i, counts, WIDTH, BLOCK_D)
+    offset = keys - queries
+    q_ptr = place(q, batch, first, head)
+    q_tile = load_turned(q_ptr, q, i, t, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
     do_tile = load_rows(place(dout, batch, first, head), dout, i, counts, WIDTH, BLOCK_D)
-    k_tile = load_rows(place(k, batch, first_key, head // group), k, j, exists, WIDTH, BLOCK_D)
+    k_ptr = place(k, batch, first_key, head // group)
+    k_tile = load_turned(k_ptr, k, j, t, batch, j, exists, WIDTH, BLOCK_D, ACC)
     v_tile = load_rows(place(v, batch, first_key, head // group), v, j, exists, WIDTH, BLOCK_D)
     sums = row_sums(lse, batch, first, head, i, counts)
     known = row_delta(delta, batch, first, head, i, counts)
     _, dlogit, _ = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
-                                 batch * heads + head, batch, head, keys, keys - queries, t, TRANSPOSED, BLOCK, BLOCK,
+                                 batch * heads + head, batch, head, keys, offset, t, TRANSPOSED, BLOCK, BLOCK,
                                  ACC)  # fmt: skip
     return dlogit
 

@@ -16,6 +16,8 @@ class Terms(NamedTuple):
     packed sequences begin. Lengths are (B,) int32, masks (B, S) bool, true where a row counts, `heads` (H,) bool, true
     where a head is kept. `bias` is (1|B, 1|H, 1|S_q, S_k). `relative_index` is (S_q + S_k - 1,) int32, the column of
     distance i - j at place i - j + S_k - 1 of `c2p` (B, S_q, H, R) and `p2c` (B, S_k, H, R). `seed` is (1,) int64.
+    `rotary_cos` and `rotary_sin` are (positions, pairs) or (1|sequences, positions, pairs); key j is at position j, row
+    i at i + S_k - S_q.
     A row i sees the keys j with -left <= j - (i + S_k - S_q) <= right; UNLIMITED is no bound. `softcap` 0 is none.
     """
 
@@ -31,6 +33,8 @@ class Terms(NamedTuple):
     c2p: Tensor | None
     p2c: Tensor | None
     relative_index: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
     seed: Tensor | None
     max_query: int
     max_key: int
@@ -39,6 +43,7 @@ class Terms(NamedTuple):
     dropout: float
     scale: float
     softcap: float
+    rotary_interleaved: bool
 
     @property
     def packed(self) -> bool:
@@ -54,6 +59,6 @@ class Terms(NamedTuple):
 SCHEMA = (
     "Tensor? query_starts, Tensor? key_starts, Tensor? query_lengths, Tensor? key_lengths, Tensor? query_mask, "
     "Tensor? key_mask, Tensor? heads, Tensor? bias, Tensor? alibi_slopes, Tensor? c2p, Tensor? p2c, "
-    "Tensor? relative_index, Tensor? seed, SymInt max_query, SymInt max_key, int left, int right, float dropout, "
-    "float scale, float softcap"
+    "Tensor? relative_index, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? seed, SymInt max_query, SymInt max_key, "
+    "int left, int right, float dropout, float scale, float softcap, bool rotary_interleaved"
 )

@@ -34,7 +34,8 @@ class Terms(NamedTuple):
     """What an attention kernel needs besides q, k and v; None is a term that is absent.
 
     `offset` is added to a row's number before it is compared with a key's. `threshold` of 65536 equal draws drop,
-    and `rescale` makes up for them.
+    and `rescale` makes up for them. `cos` and `sin` are (sequence, position, -, pair) of `positions` and `pairs`, and a
+    pair's two columns lie `step` apart: views lie no deeper than here, Triton 3.6 loses constants in deeper tuples.
     """
 
     query_starts: Any
@@ -53,6 +54,11 @@ class Terms(NamedTuple):
     c2p: Any
     p2c: Any
     index: Any
+    cos: Any
+    sin: Any
+    positions: Any
+    pairs: Any
+    step: Any
     seed: Any
     threshold: Any
     rescale: Any

@@ -7,7 +7,7 @@ from effllm_kernels import reference
 from effllm_kernels.fused_attention import attention_terms
 
 EPSILON = torch.finfo(torch.float32).eps
-NOT_DIFFERENTIABLE = {"alibi_slopes"}
+NOT_DIFFERENTIABLE = {"alibi_slopes", "rotary_cos", "rotary_sin"}
 
 
 def leaves(given: dict) -> dict[str, torch.Tensor]:
@@ -22,6 +22,9 @@ def plain(**given) -> torch.Tensor:
     terms = attention_terms(**given)
     group = q.shape[2] // k.shape[2]
     rows, (keys, values) = q.transpose(1, 2), (x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    if "rotary_cos" in given:
+        tables = (given["rotary_cos"], given["rotary_sin"], given["rotary_interleaved"])
+        rows, keys = rotated(rows, *tables, first=k.shape[1] - q.shape[1]), rotated(keys, *tables)
     logits, _ = reference._logits(rows @ keys.mT * terms.scale, q, k, terms)
     seen = reference.visible(q, k, terms)
     p = torch.softmax(logits.to(q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min), -1) * seen
@@ -29,6 +32,22 @@ def plain(**given) -> torch.Tensor:
         kept = reference.dropout_mask(terms.seed, terms.threshold, 0, tuple(p.shape))
         p = p * kept / (1 - terms.threshold / 65536)
     return (p @ values).transpose(1, 2)
+
+
+def rotated(x: torch.Tensor, cos, sin, interleaved: bool, first: int = 0) -> torch.Tensor:
+    """Return (…, S, D) turned as transformers does it, x · cos + rotate_half(x) · sin, from position `first` on."""
+    cos, sin = (table[..., first : first + x.shape[-2], :] for table in (cos, sin))
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    part, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    if interleaved:
+        cos, sin = (table.repeat_interleave(2, -1) for table in (cos, sin))
+        half = torch.stack([-part[..., 1::2], part[..., ::2]], -1).flatten(-2)
+    else:
+        cos, sin = (torch.cat([table, table], -1) for table in (cos, sin))
+        a, b = part.chunk(2, -1)
+        half = torch.cat([-b, a], -1)
+    return torch.cat([part * cos + half * sin, rest], -1)
 
 
 def results(function, given: dict, dout: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from oracle import leaves
 CASES = {case.name: case for case in KERNELS["attention"].cases}
 
 
-@pytest.mark.parametrize("name", ["grouped", "deberta"])
+@pytest.mark.parametrize("name", ["grouped", "deberta", "rotary"])
 def test_opcheck(name, device):
     given = CASES[name].inputs(torch.float32, device)
     given |= leaves(given)
