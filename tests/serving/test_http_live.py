@@ -93,6 +93,16 @@ def test_a_connection_that_is_kept_serves_many_requests_and_closes_when_idle(mod
         assert time.monotonic() - started < 10
 
 
+def test_a_later_head_has_its_time_too(models: FakeModels) -> None:
+    with live(models, QUICK) as url, connected(url) as connection:
+        connection.sendall(post("/embed", b'{"inputs": "a"}'))
+        answer = b""
+        while not answer.endswith(b"]]"):
+            answer += connection.recv(65536)
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        assert received(connection).startswith(b"HTTP/1.1 408 ")
+
+
 def test_pipelined_requests_are_answered_in_order(models: FakeModels) -> None:
     with live(models, QUICK) as url, connected(url) as connection:
         connection.sendall(
