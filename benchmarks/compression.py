@@ -1,15 +1,16 @@
-"""What each way of making a classifier smaller costs in accuracy, and what it gains.
+"""What each way of making a model smaller costs in quality, and what it gains.
 
     python benchmarks/compression.py MODEL DATA --work DIR [--only NAME,…] [--seeds N] [--bench]
 
-MODEL is a fine-tuned text classifier (SST-2 from all-MiniLM-L6-v2 here, as `benchmarks/finetuning.py` leaves it), DATA
-a folder with its `train.jsonl.xz` and `dev.jsonl`. Each recipe is a row of methods of `effllm compress`; recipes that
-train are made once per seed. Folders are kept in DIR, and those that are there already are not made again. With
-`--bench` they are timed in ONNX Runtime against the dense model there and in torch, one thread, one interleaved run.
-Rows go to `results/compression.jsonl`.
+MODEL is a fine-tuned model (SST-2 from all-MiniLM-L6-v2 here, as `benchmarks/finetuning.py` leaves it, and
+all-MiniLM-L6-v2 itself on STS-B), DATA a folder with its `train.jsonl.xz` and `dev.jsonl`. Each recipe is a row of
+methods of `effllm compress`; recipes that train are made once per seed. Folders are kept in DIR, and those that are
+there already are not made again. With `--bench` they are timed in ONNX Runtime against the dense model there and in
+torch, one thread, one interleaved run. Rows go to `results/compression.jsonl` for SST-2, to
+`results/compression_NAME.jsonl` for the folder NAME.
 
-Calibration and training texts are the training set's, accuracy is dev's, which chose nothing here but the dense model's
-own checkpoint. One model, one task, one processor.
+Calibration and training texts are the training set's, quality is dev's, which chose nothing here but the dense model's
+own checkpoint. Two models, two tasks, one processor.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from effllm.lineup import BenchSettings, bench
 from effllm.measure.quality import evaluate
 from effllm.rows import Row, read_rows, write_rows
 from effllm.runtime.predictor import Predictor
-from effllm.variant import Variant
+from effllm.variant import Variant, is_variant
 
-RESULTS = Path(__file__).parent / "results" / "compression.jsonl"
+RESULTS = Path(__file__).parent / "results"
 DISTIL = "distil:steps=600,learning_rate=2e-4,seed={seed}"
 
 
@@ -94,17 +95,25 @@ def make(name: str, recipe: Recipe, model: Path, data: Path, work: Path, seed: i
     return out
 
 
-def accuracy(folder: Path, data: Path) -> float:
-    """Return the dev accuracy of a folder, as it answers when it is loaded."""
-    predictor = Predictor.open(folder, threads=1)
+def quality(folder: Path, data: Path) -> Row:
+    """Return the dev metric of a folder, as it answers when it is loaded."""
+    predictor = Predictor.open(folder, threads=1, task="sentence-similarity" if data.name.startswith("stsb") else None)
     examples = read_examples(data / "dev.jsonl", predictor.task, predictor.head, gold=True)
-    return evaluate(predictor, examples, "dev")[0][0].value
+    return evaluate(predictor, examples, "dev")[0][0]
+
+
+def sizes_of(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the files of a folder as a manifest lists them, with their sizes alone."""
+    return {file.name: {"size_bytes": file.stat().st_size} for file in folder.iterdir() if file.is_file()}
 
 
 def rows_of(name: str, folders: list[Path], data: Path) -> Iterable[Row]:
-    """Yield accuracy and size of a recipe: the median over seeds, bounded by the lowest and the highest."""
-    values = [accuracy(folder, data) for folder in folders]
-    manifest = Variant.open(folders[0]).manifest
+    """Yield quality and size of a recipe: the median over seeds, bounded by the lowest and the highest."""
+    measured = [quality(folder, data) for folder in folders]
+    values = [row.value for row in measured]
+    manifest = (
+        Variant.open(folders[0]).manifest if is_variant(folders[0]) else {"steps": [], "files": sizes_of(folders[0])}
+    )
     how = {
         "split": "dev",
         "methods": [{"method": s.get("method", s["verb"]), **s.get("settings", {})} for s in manifest["steps"]],
@@ -112,7 +121,7 @@ def rows_of(name: str, folders: list[Path], data: Path) -> Iterable[Row]:
     }
     where = machine.describe()
     ends = (min(values), max(values)) if len(values) > 1 else (None, None)
-    yield Row("accuracy", statistics.median(values), "absolute", name, len(values), *ends, how, where)
+    yield Row(measured[0].metric, statistics.median(values), "absolute", name, len(values), *ends, how, where)
     sizes = [e["size_bytes"] for n, e in manifest["files"].items() if n.endswith((".safetensors", ".onnx"))]
     yield Row("model size", float(sum(sizes)), "bytes", name)
 
@@ -139,16 +148,17 @@ def main() -> None:
     parser.add_argument("--bench", action="store_true", help="also time them in ONNX Runtime")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    found = {row.system: row for row in read_rows(RESULTS)} if RESULTS.is_file() else {}
-    rows = list(read_rows(RESULTS)) if found else []
+    name = arguments.data.name
+    results = RESULTS / ("compression.jsonl" if name == "sst2" else f"compression_{name}.jsonl")
+    rows = list(read_rows(results)) if results.is_file() else []
     folders: dict[str, list[Path]] = {}
     for name in arguments.only.split(","):
         recipe = RECIPES[name]
         seeds = range(arguments.seeds if recipe.trains else 1)
         folders[name] = [make(name, recipe, arguments.model, arguments.data, arguments.work, s) for s in seeds]
-        rows = [r for r in rows if not (r.system == name and r.metric in {"accuracy", "model size"})]
+        rows = [r for r in rows if not (r.system == name and r.how.get("batch") is None)]
         rows += rows_of(name, folders[name], arguments.data)
-        write_rows(RESULTS, rows)
+        write_rows(results, rows)
         print(
             f"{name:32} {rows[-2].value:.4f} {rows[-2].low} {rows[-2].high}  {rows[-1].value / 1e6:.1f} MB", flush=True
         )
@@ -162,7 +172,7 @@ def main() -> None:
         )  # fmt: skip
         rows = [r for r in rows if r.how.get("batch") is None]
         rows += [r for r in bench([arguments.model, *timed], settings) if r.how.get("batch") is not None]
-    write_rows(RESULTS, rows)
+    write_rows(results, rows)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ JSON = click.option("--json", "json_file", metavar="FILE", help="Write the measu
 HTML = click.option("--html", "html_file", metavar="FILE", help="Write a self-contained HTML report.")
 
 
-def settings_options(cls: type[Any], skip: Sequence[str] = ()) -> Callable[[F], F]:
+def settings_options(cls: type[Any], skip: Sequence[str] = (), argument: str = "settings") -> Callable[[F], F]:
     """Return a decorator that gives a verb a flag for each field of a settings dataclass.
 
-    Flags are made from the fields' names, types, defaults and help; the verb gets them as one argument, `settings`.
+    Flags are made from the fields' names, types, defaults and help; the verb gets them as one `argument`.
     """
     hints = typing.get_type_hints(cls)
     chosen = [f for f in dataclasses.fields(cls) if f.name not in skip]
@@ -33,7 +33,7 @@ def settings_options(cls: type[Any], skip: Sequence[str] = ()) -> Callable[[F], 
         @functools.wraps(verb)
         def _with_settings(**flags: Any) -> Any:
             settings = cls(**{f.name: flags.pop(f.name) for f in chosen})
-            return verb(settings=settings, **flags)
+            return verb(**{argument: settings}, **flags)
 
         function: Any = _with_settings
         for f in reversed(chosen):

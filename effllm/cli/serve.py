@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from effllm.cli.options import settings_options
-from effllm.serving.settings import ServeSettings
+from effllm.serving.settings import RaySettings, ServeSettings
 
 if TYPE_CHECKING:
     from effllm.serving.served import Models
@@ -20,6 +20,7 @@ Examples:
   effllm serve sst2-int8 ner-int8 minilm-int8     several, by the names of their folders
   effllm serve old=runs/1/best new=runs/2/best    by names of your own
   effllm serve small --host 0.0.0.0 --api-key-file key.txt
+  effllm serve small --ray --min-replicas 2      on the Ray cluster of this machine; again to update it
   curl localhost:8080/predict -H 'content-type: application/json' -d '{"inputs": "A quiet, lovely film."}'
 
 \b
@@ -29,7 +30,9 @@ SIGTERM finishes what was accepted and exits with 0; SIGHUP loads the folders ag
 )
 @click.argument("folders", nargs=-1, required=True, metavar="DIR…")
 @settings_options(ServeSettings)
-def serve(folders: tuple[str, ...], settings: ServeSettings) -> None:
+@click.option("--ray", "on_ray", is_flag=True, help="Deploy on a Ray cluster, or update what is deployed there.")
+@settings_options(RaySettings, argument="scale")
+def serve(folders: tuple[str, ...], settings: ServeSettings, on_ray: bool, scale: RaySettings) -> None:
     """Serve ONNX folders that effllm wrote over HTTP: the APIs of TEI, OpenAI and the Open Inference Protocol.
 
     DIR is a folder, or NAME=DIR to serve it under another name.
@@ -41,6 +44,12 @@ def serve(folders: tuple[str, ...], settings: ServeSettings) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    if on_ray:
+        from effllm.serving.ray import deploy
+
+        deploy(name_folders(folders), settings, scale)
+        click.echo(f"deployed as {scale.ray_app}; `serve status` shows its replicas", err=True)
+        return
     run(name_folders(folders), settings, _print_started)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effllm.errors import MissingExtra, SettingError
 from effllm.serving.served import Models
@@ -21,8 +21,21 @@ try:
     from effllm.serving.gate import CALL, Gate, send_reply
     from effllm.serving.metrics import Metrics
     from effllm.serving.operations import operations
+
+    if TYPE_CHECKING:
+        from fastapi.telemetry import TelemetryConfig
 except ModuleNotFoundError as error:
     raise MissingExtra(str(error.name), "serve", "serving over HTTP") from None
+
+
+NO_TELEMETRY: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+"""What newer versions of FastAPI would record, exception messages among it, where OpenTelemetry is installed."""
 
 
 def create_app(models: Models, settings: ServeSettings) -> FastAPI:
@@ -37,6 +50,7 @@ def create_app(models: Models, settings: ServeSettings) -> FastAPI:
         version=RELEASE,
         openapi_url=None,
         redirect_slashes=False,
+        telemetry=NO_TELEMETRY,
         exception_handlers={starlette.exceptions.HTTPException: _no_route},
     )
     for operation in operations():
@@ -59,7 +73,7 @@ class _Endpoint:
         call.template = self._operation.path
         call.parameters = scope["path_params"]
         reply = await self._operation(self._shared, call, receive)
-        await send_reply(reply, send, self._shared.settings.timeout)
+        await send_reply(reply, send)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -3,7 +3,8 @@
 uvicorn has no limit on how long a request's head may take or how large it may be. Here a connection has
 `read_timeout` seconds for each head (body and answer have their own limits in the app), a head at most `MAX_HEAD`
 bytes, and beyond `max_connections` a new connection gets 503 at once. A body that is refused unread is read away for
-`LINGER` seconds, so that the client can finish sending and read why.
+`LINGER` seconds, so that the client can finish sending and read why. A client that does not read its answer for
+`timeout` seconds is cut off.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def guarded(settings: ServeSettings) -> type[asyncio.Protocol]:
     class Guarded(_Guarded):
         read_timeout = settings.read_timeout
         max_connections = settings.max_connections
+        write_timeout = settings.timeout
 
     return Guarded
 
@@ -33,7 +35,9 @@ class _Guarded(HttpToolsProtocol):
 
     read_timeout: float
     max_connections: int
+    write_timeout: float
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _in_body = False
     _head_bytes = 0
 
@@ -46,9 +50,22 @@ class _Guarded(HttpToolsProtocol):
             self._start(self.read_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Start the clock of a client that does not read."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop it."""
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head, and time what nobody waits for."""

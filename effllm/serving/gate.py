@@ -25,8 +25,8 @@ CALL = "effllm.call"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 OPEN = ("/health", "/v2/health")
 """The paths, with all below them, that need no key: those of orchestrators. The page is open too: it holds no data."""
-SLOW_SEND = 65536
-"""Answers above this size may have to wait for the client to read, within the request's time."""
+PART = 65536
+"""The bytes of an answer that are sent at once."""
 
 App = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 
@@ -123,11 +123,11 @@ def _call(scope: dict[str, Any]) -> Call:
 async def _send_error(call: Call, error: HttpError, send: Send) -> None:
     headers: Headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
     api: Api = api_of(call.path)
-    await send_reply(Reply(error_body(api, error), error.status, headers=headers), send, 30.0)
+    await send_reply(Reply(error_body(api, error), error.status, headers=headers), send)
 
 
-async def send_reply(reply: Reply, send: Send, seconds: float) -> None:
-    """Send an answer. A client that does not read it for `seconds` is cut off with TimeoutError."""
+async def send_reply(reply: Reply, send: Send) -> None:
+    """Send an answer, a large one in parts, so that no more of it is buffered than a client reads."""
     headers = [
         (b"content-type", reply.media_type),
         (b"content-length", b"%d" % len(reply.content)),
@@ -135,11 +135,6 @@ async def send_reply(reply: Reply, send: Send, seconds: float) -> None:
         *reply.headers,
     ]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    if len(reply.content) <= SLOW_SEND:
-        await send({"type": "http.response.body", "body": reply.content})
-        return
-    async with asyncio.timeout(seconds):
-        for start in range(0, len(reply.content), SLOW_SEND):
-            more = start + SLOW_SEND < len(reply.content)
-            part = reply.content[start : start + SLOW_SEND]
-            await send({"type": "http.response.body", "body": part, "more_body": more})
+    for start in range(0, max(1, len(reply.content)), PART):
+        more = start + PART < len(reply.content)
+        await send({"type": "http.response.body", "body": reply.content[start : start + PART], "more_body": more})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -28,6 +29,20 @@ class Metrics:
         self._tokens = self._counter("tokens", "Tokens run, without padding.", ("model",))
         self._truncated = self._counter("truncated_tokens", "Tokens cut off because they did not fit.", ("model",))
         self._registry.register(_Gauges(models))
+        # Looking labels up takes longer than counting; there are few of them.
+        self._of_model = functools.cache(
+            lambda model: (
+                self._queue.labels(model),
+                self._tokenise.labels(model),
+                self._infer.labels(model),
+                self._inputs.labels(model),
+                self._tokens.labels(model),
+                self._truncated.labels(model),
+            )
+        )
+        self._of_path = functools.cache(
+            lambda path, status: (self._requests.labels(path, status), self._total.labels(path))
+        )
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         return Counter(f"effllm_{name}", text, labels, registry=self._registry)
@@ -37,17 +52,19 @@ class Metrics:
 
     def answered(self, model: str, answers: Answers) -> None:
         """Count a request that a model answered."""
-        self._queue.labels(model).observe(answers.queue_s)
-        self._tokenise.labels(model).observe(answers.tokenise_s)
-        self._infer.labels(model).observe(answers.infer_s)
-        self._inputs.labels(model).inc(len(answers.results))
-        self._tokens.labels(model).inc(answers.tokens)
-        self._truncated.labels(model).inc(sum(result.truncated_tokens for result in answers.results))
+        queue, tokenise, infer, inputs, tokens, truncated = self._of_model(model)
+        queue.observe(answers.queue_s)
+        tokenise.observe(answers.tokenise_s)
+        infer.observe(answers.infer_s)
+        inputs.inc(len(answers.results))
+        tokens.inc(answers.tokens)
+        truncated.inc(sum(result.truncated_tokens for result in answers.results))
 
     def done(self, path: str, status: int, seconds: float) -> None:
         """Count a request that got an answer."""
-        self._requests.labels(path, status).inc()
-        self._total.labels(path).observe(seconds)
+        requests, total = self._of_path(path, status)
+        requests.inc()
+        total.observe(seconds)
 
     def gone(self, path: str) -> None:
         """Count a request whose client closed."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pydantic
 
 from effllm.serving.exchange import Call, Reply, Shared, ask, check_texts, json_reply, timings
@@ -84,7 +83,7 @@ async def embeddings(shared: Shared, call: Call, body: EmbeddingsRequest) -> Rep
     model = shared.models.find(body.model, *EMBEDDING)
     check_dimensions(model, body.dimensions)
     answers = await ask(shared, call, model, [Example(text) for text in texts], task=EMBEDDING[0])
-    vectors = shortened(np.stack([result.value for result in answers.results]), body.dimensions)
+    vectors = shortened([result.value for result in answers.results], body.dimensions)
     shown: Any = vectors
     if body.encoding_format == "base64":
         shown = [base64.b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]

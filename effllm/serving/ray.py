@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from effllm.errors import MissingExtra, SettingError
-from effllm.serving.settings import ServeSettings
+from effllm.serving.settings import RaySettings, ServeSettings
 
 try:
     import ray
@@ -27,26 +26,6 @@ try:
     from effllm.serving.service import Service
 except ModuleNotFoundError as error:
     raise MissingExtra(str(error.name), "ray", "serving on a Ray cluster") from None
-
-
-@dataclass(frozen=True)
-class RaySettings:
-    """How many replicas there are, and when there are more of them."""
-
-    address: str = field(default="auto", metadata={"help": "address of the Ray cluster; local = start one here"})
-    app: str = field(default="effllm", metadata={"help": "name of the Ray Serve application; the same name updates it"})
-    min_replicas: int = field(default=1, metadata={"help": "replicas without load"})
-    max_replicas: int = field(default=4, metadata={"help": "replicas under load"})
-    target_requests: int = field(default=16, metadata={"help": "requests under way per replica that scaling aims at"})
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_replicas <= self.max_replicas:
-            raise SettingError(
-                f"--min-replicas ({self.min_replicas}) must be at least 1 and at most --max-replicas "
-                f"({self.max_replicas})"
-            )
-        if self.target_requests < 1:
-            raise SettingError(f"--target-requests must be at least 1, got {self.target_requests}")
 
 
 class Replica:
@@ -91,24 +70,26 @@ def deploy(folders: Mapping[str, Path], settings: ServeSettings, scale: RaySetti
     """
     if not ray.is_initialized():
         try:
-            ray.init(None if scale.address == "local" else scale.address, log_to_driver=False, configure_logging=False)
+            address = None if scale.ray_address == "local" else scale.ray_address
+            ray.init(address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, ValueError) as error:
-            raise SettingError(f"no Ray cluster at {scale.address}: {error}") from None
+            raise SettingError(f"no Ray cluster at {scale.ray_address}: {error}") from None
     serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
-    queue = settings.max_queue
-    deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
+    threads = settings.threads or 1
+    deployment = serve.deployment(Replica).options(
         name="models",
-        ray_actor_options={"num_cpus": settings.threads or 1},
+        ray_actor_options={"num_cpus": threads},
         autoscaling_config=AutoscalingConfig(
             min_replicas=scale.min_replicas,
             max_replicas=scale.max_replicas,
             target_ongoing_requests=scale.target_requests,
         ),
         max_ongoing_requests=max(2 * scale.target_requests, 8),
-        max_queued_requests=queue,
+        max_queued_requests=settings.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=math.ceil(settings.drain),
         health_check_period_s=2,
     )
+    settings = dataclasses.replace(settings, threads=threads)
     paths = {name: str(path.absolute()) for name, path in folders.items()}
-    serve.run(deployment.bind(paths, dataclasses.asdict(settings)), name=scale.app, route_prefix="/")
+    serve.run(deployment.bind(paths, dataclasses.asdict(settings)), name=scale.ray_app, route_prefix="/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import math
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from effllm.errors import EffllmError, MissingExtra, SettingError
-from effllm.serving.app import create_app
+from effllm.serving.app import create_app, read_key
 from effllm.serving.served import Models
 from effllm.serving.settings import ServeSettings
 
@@ -37,7 +38,10 @@ def serve(folders: Mapping[str, Path], settings: ServeSettings, started: Started
     returns. SIGHUP loads the folders again. Raises SettingError when the address is taken, ArtifactError when a folder
     cannot be loaded.
     """
+    key = read_key(settings.api_key_file)  # what is wrong with it should be known before models are loaded
     with contextlib.closing(bind(settings)) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        if not key and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+            log.warning("everyone who reaches this address can use the models: there is no --api-key-file")
         runner.run(_serve(folders, settings, started, listener))
 
 

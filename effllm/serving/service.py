@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args, get_type_hints
 
 from effllm.errors import SettingError
 from effllm.serving.instance import KINDS, Instance
@@ -19,7 +19,7 @@ from effllm.tasks import Example
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("onnxruntime", "openvino")
+ENGINES = get_args(get_type_hints(ServeSettings)["engine"])
 POLL_S = 0.02
 
 
@@ -87,10 +87,9 @@ class Service:
     @classmethod
     async def open(cls, folders: Mapping[str, Path], settings: ServeSettings) -> Self:
         """Load every folder, by the name it is served under. Raises what keeps one from loading; then none is left."""
-        engine = settings.engine or ENGINES[0]
-        if engine not in ENGINES:
-            raise SettingError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-        wanted = {name: WorkerSettings(path, name, engine, settings.threads) for name, path in folders.items()}
+        if settings.engine not in ENGINES:
+            raise SettingError(f"--engine must be one of {', '.join(ENGINES)}, got {settings.engine!r}")
+        wanted = {name: WorkerSettings(path, name, settings.engine, settings.threads) for name, path in folders.items()}
         opening = [Instance.open(each, settings) for each in wanted.values()]
         found = await asyncio.gather(*opening, return_exceptions=True)
         errors = [each for each in found if isinstance(each, BaseException)]

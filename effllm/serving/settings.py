@@ -1,8 +1,9 @@
-"""The settings of a server. The flags of `effllm serve` are made from these fields."""
+"""The settings of a server and of a cluster. The flags of `effllm serve` are made from these fields."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from effllm.errors import SettingError
 
@@ -13,7 +14,7 @@ class ServeSettings:
 
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 for all of them"})
     port: int = field(default=8080, metadata={"help": "port to listen on; 0 = any free one"})
-    engine: str = field(default="", metadata={"help": "onnxruntime or openvino; empty = onnxruntime"})
+    engine: Literal["onnxruntime", "openvino"] = field(default="onnxruntime", metadata={"help": "what runs the models"})
     threads: int = field(default=0, metadata={"help": "threads per model; 0 = the cores that this process may use"})
     max_tokens: int = field(default=1024, metadata={"help": "padded tokens in one batch"})
     max_queue: int = field(default=256, metadata={"help": "inputs waiting per model; beyond it requests get 429"})
@@ -41,3 +42,23 @@ class ServeSettings:
                 f"--max-queue ({self.max_queue}) must be at least --max-inputs ({self.max_inputs}): "
                 "the largest request allowed has to fit into an empty queue"
             )
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """Which Ray cluster, how many replicas there are, and when there are more of them."""
+
+    ray_address: str = field(default="auto", metadata={"help": "with --ray: the cluster; local = start one here"})
+    ray_app: str = field(default="effllm", metadata={"help": "with --ray: the application; the same name updates it"})
+    min_replicas: int = field(default=1, metadata={"help": "with --ray: replicas without load"})
+    max_replicas: int = field(default=4, metadata={"help": "with --ray: replicas under load"})
+    target_requests: int = field(default=16, metadata={"help": "with --ray: requests per replica that scaling aims at"})
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise SettingError(
+                f"--min-replicas ({self.min_replicas}) must be at least 1 and at most --max-replicas "
+                f"({self.max_replicas})"
+            )
+        if self.target_requests < 1:
+            raise SettingError(f"--target-requests must be at least 1, got {self.target_requests}")

@@ -31,6 +31,7 @@ from effllm.serving.tei_bodies import (
     TokenizeRequest,
 )
 from effllm.tasks import Example
+from effllm.tasks.feature_extraction import unit as to_unit
 
 EMBEDDING = ("feature-extraction", "sentence-similarity")
 PREDICTING = ("text-classification", "token-classification", "fill-mask", "question-answering")
@@ -65,7 +66,7 @@ async def embed(shared: Shared, call: Call, body: EmbedRequest) -> Reply:
     task = EMBEDDING[0] if body.normalize else POOLED
     answers = await ask(shared, call, model, examples, task=task, truncate=body.truncate)
     vectors = [result.value for result in answers.results]
-    return json_reply(shortened(np.stack(vectors), body.dimensions, unit=body.normalize), timings(call, answers))
+    return json_reply(shortened(vectors, body.dimensions, unit=body.normalize), timings(call, answers))
 
 
 def check_dimensions(model: ServedModel, dimensions: int | None) -> None:
@@ -76,16 +77,12 @@ def check_dimensions(model: ServedModel, dimensions: int | None) -> None:
         raise HttpError(422, "dimensions", message, param="dimensions")
 
 
-def shortened(vectors: np.ndarray, dimensions: int | None, *, unit: bool = True) -> np.ndarray:
-    """Return the first numbers of each row of float32 `vectors`, scaled to length one again where `unit`."""
-    if dimensions is None or dimensions == vectors.shape[1]:
+def shortened(vectors: Sequence[np.ndarray], dimensions: int | None, *, unit: bool = True) -> Sequence[np.ndarray]:
+    """Return the first numbers of each vector, float32, scaled to length one again where `unit`."""
+    if dimensions is None:
         return vectors
-    short = np.ascontiguousarray(vectors[:, :dimensions])
-    if not unit:
-        return short
-    norms = np.linalg.norm(short, axis=1, keepdims=True)
-    result: np.ndarray = short / np.where(norms, norms, 1.0)
-    return result
+    short = [vector[:dimensions] for vector in vectors]
+    return [to_unit(vector) for vector in short] if unit else short
 
 
 async def embed_all(shared: Shared, call: Call, body: EmbedAllRequest) -> Reply:
@@ -105,8 +102,7 @@ async def embed_all(shared: Shared, call: Call, body: EmbedAllRequest) -> Reply:
 
 async def predict(shared: Shared, call: Call, body: PredictRequest) -> Reply:
     """Answer texts with a model that classifies, tags, fills masks or answers questions."""
-    name = call.parameters.get("name", body.model)
-    model = shared.models.find(name, *(PREDICTING if name is not None else _fitting(body.inputs)))
+    model = _predictor(shared, call.parameters.get("name", body.model), body.inputs)
     task = model.info.task
     examples, single = examples_of(task, body.inputs)
     texts = [part for e in examples for part in (e.text, e.text_pair) if isinstance(part, str)]
@@ -119,14 +115,19 @@ async def predict(shared: Shared, call: Call, body: PredictRequest) -> Reply:
     return json_reply(replies[0] if single else replies, timings(call, answers))
 
 
-def _fitting(inputs: Any) -> Sequence[str]:
-    """Return the tasks that inputs of this shape can be for."""
-    questions = isinstance(inputs, Question) or (isinstance(inputs, list) and bool(inputs) and _is_question(inputs[0]))
-    return PREDICTING[3:] if questions else PREDICTING[:3]
-
-
-def _is_question(value: Any) -> bool:
-    return isinstance(value, Question)
+def _predictor(shared: Shared, name: str | None, inputs: Any) -> ServedModel:
+    """Return the model named, or the first whose task inputs of this shape can be for."""
+    if name is not None:
+        return shared.models.find(name, *PREDICTING)
+    items = inputs if isinstance(inputs, list) else [inputs]
+    if items and isinstance(items[0], Question):
+        return shared.models.find(None, "question-answering")
+    texts = [text for item in items for text in (item if isinstance(item, list) else [item])]
+    masked = all(MASKS.search(text) for text in texts)
+    try:
+        return shared.models.find(None, *PREDICTING[: 3 if masked else 2])
+    except WrongTask:
+        return shared.models.find(None, *PREDICTING)  # whose own error says more
 
 
 def examples_of(task: str, inputs: Any) -> tuple[list[Example], bool]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from scipy import stats
 
 from effllm.errors import SettingError
 
@@ -135,6 +134,8 @@ def number_column(record: Mapping[str, Any], name: str) -> float:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """Return Spearman's rank correlation, ties averaged; 0 when one side is constant."""
+    from scipy import stats  # noqa: PLC0415 - takes longer to import than a server to start, which does not need it
+
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     return float(stats.spearmanr(first, second).statistic)

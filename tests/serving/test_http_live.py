@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import pytest
 from fakes import FakeModels, every_task
 from live import connected, live, received
 
 from effllm.errors import SettingError
+from effllm.serving.served import Answers, Result
 from effllm.serving.server import bind
 from effllm.serving.settings import ServeSettings
 
@@ -178,10 +183,29 @@ def test_a_client_that_goes_while_its_body_comes_is_let_go(models, caplog) -> No
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def test_a_client_that_does_not_read_is_cut_off(models: FakeModels) -> None:
+    large = Answers([Result(np.full((64, 50_000), 1.5, np.float32), 64, 0)], 0.0, 0.0, 0.0)
+
+    async def answer(*_: object, **__: object) -> Answers:
+        return large
+
+    models.models["minilm"].answer = answer
+    settings = dataclasses.replace(QUICK, timeout=0.5)
+    with live(models, settings) as url, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((urlsplit(url).hostname, urlsplit(url).port))
+        deaf.sendall(post("/embed_all", b'{"inputs": "a"}'))
+        assert eventually(lambda: 'effllm_requests_total{path="/embed_all"' in httpx.get(f"{url}/metrics").text)
+        deaf.settimeout(20)
+        assert len(received(deaf)) < 64 * 50_000 * 4
+        whole = httpx.post(f"{url}/embed_all", json={"inputs": "a"}, timeout=60)
+        assert len(whole.content) > 64 * 50_000 * 4
+
+
 def test_an_address_in_use_is_told_before_models_are_loaded() -> None:
     with bind(ServeSettings(port=0)) as first:
         first.listen()
-        with pytest.raises(SettingError, match="cannot listen on .* port"):
+        with pytest.raises(SettingError, match=r"cannot listen on .* port"):
             bind(ServeSettings(port=first.getsockname()[1]))
     with pytest.raises(SettingError, match="cannot listen"):
         bind(ServeSettings(host="no.such.host.invalid"))

@@ -213,3 +213,18 @@ def test_one_model_alone_needs_no_name() -> None:
     refused = client.post("/embed", {"inputs": "a"})
     assert refused.status_code == 400
     assert refused.json()["error_type"] == "Validation"
+
+
+def test_a_text_without_a_mask_is_not_for_a_model_that_fills_them() -> None:
+    models = FakeModels(FakeModel("masks", "fill-mask"), FakeModel("films", "text-classification"))
+    client = Client(create_app(models, ServeSettings()))
+    assert "label" in client.post("/predict", {"inputs": "a film"}).json()[0]
+    assert "token_str" in client.post("/predict", {"inputs": "a [MASK]"}).json()[0]
+    alone = Client(create_app(FakeModels(FakeModel("masks", "fill-mask")), ServeSettings()))
+    assert "no [MASK]" in alone.post("/predict", {"inputs": "a film"}).json()["error"]
+
+
+def test_metadata_of_a_similarity_model_is_that_of_an_embedder() -> None:
+    client = Client(create_app(FakeModels(FakeModel("sts", "sentence-similarity")), ServeSettings()))
+    assert np.shape(client.post("/embed", {"inputs": "a"}).json()) == (1, SIZE)
+    assert client.get("/info").json()["model_type"] == {"embedding": {"pooling": "mean"}}

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import WORDS, make_model
 
-import effllm
 from effllm.errors import ArtifactError, SettingError
 from effllm.runtime.predictor import Predictor
 from effllm.serving.instance import Instance
@@ -39,12 +38,9 @@ TEXTS = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(20)]
 TASKS = ("text-classification", "feature-extraction", "fill-mask", "token-classification", "question-answering")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("served")
-    for task in TASKS:
-        effllm.export(make_model(root / f"{task}-model", "bert", task), root / task, task=task)
-    return {task: root / task for task in TASKS}
+@pytest.fixture
+def folders(exported: dict[str, Path]) -> dict[str, Path]:
+    return {task: exported[task] for task in TASKS}
 
 
 def run(
@@ -121,7 +117,7 @@ def test_models_are_found_by_name_and_by_task(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         assert service.find(None).info.name == TASKS[0]
         assert service.find(None, "fill-mask").info.name == "fill-mask"
-        with pytest.raises(UnknownModel, match="'nothing'.*text-classification"):
+        with pytest.raises(UnknownModel, match=r"'nothing'.*text-classification"):
             service.find("nothing")
         with pytest.raises(WrongTask, match="fill-mask answers fill-mask, not"):
             service.find("fill-mask", "feature-extraction")
