@@ -353,7 +353,8 @@ def main() -> None:
         rows = list(PARTS[part](plan))
         write_rows(flags.out, [*kept(flags.out, [part]), *rows])
         for one in rows:
-            print(f"{part:9} {one.metric:30} {one.system:26} {one.value:10.4g} {one.unit}")
+            more = " ".join(str(one.how[k]) for k in ("clients", "tokens", "outcome", "fifth", "over") if k in one.how)
+            print(f"{part:9} {one.metric:30} {one.system:29} {one.value:10.4g} {one.unit:9} {more}")
 
 
 if __name__ == "__main__":
