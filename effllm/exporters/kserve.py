@@ -35,9 +35,27 @@ def write_kserve(variant: Variant, name: str, target: Path) -> str:
 
 def service_text(name: str) -> str:
     """Return the runtime and the service as YAML. `name` is that of the served model and of the service."""
-    version = importlib.metadata.version("effllm")
     return f"""\
 # The runtime is written once per namespace; the service once per model. Set the two values marked "yours".
+{_runtime_text()}---
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: {name}
+spec:
+  predictor:
+    model:
+      modelFormat:
+        name: effllm
+      protocolVersion: v2
+      runtime: {RUNTIME}
+      storageUri: pvc://models/{name}  # yours: where the folder model/ is
+"""
+
+
+def _runtime_text() -> str:
+    version = importlib.metadata.version("effllm")
+    return f"""\
 apiVersion: serving.kserve.io/v1alpha1
 kind: ServingRuntime
 metadata:
@@ -92,17 +110,4 @@ spec:
         capabilities:
           drop:
             - ALL
----
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: {name}
-spec:
-  predictor:
-    model:
-      modelFormat:
-        name: effllm
-      protocolVersion: v2
-      runtime: {RUNTIME}
-      storageUri: pvc://models/{name}  # yours: where the folder model/ is
 """
