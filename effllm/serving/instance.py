@@ -26,8 +26,8 @@ from effllm.tasks import TASKS, Example
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-AHEAD = 2
-"""Batches that a worker has at a time: the one it runs, and one so that it need not wait for the next."""
+AHEAD = 1
+"""Batches that a worker has besides those that it runs, so that it need not wait for the next."""
 INLINE_CHARACTERS = 4000
 """Requests with fewer characters are tokenised at once; a thread for the others lets the server go on meanwhile."""
 BACK_OFF_S = (0.0, 0.1, 0.5, 2.0, 10.0)
@@ -79,7 +79,7 @@ class Instance:
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
         self._waiting_inputs = 0
-        self._running: deque[list[tuple[int, int]]] = deque()
+        self._running: dict[int, list[tuple[int, int]]] = {}
         self._suspects: deque[tuple[int, int]] = deque()
         self._deaths = 0
         self._closed = False
@@ -229,7 +229,7 @@ class Instance:
 
     def _pump(self) -> None:
         """Give the worker batches until it has enough. What ran when a worker died runs first, each alone."""
-        while self._worker and len(self._running) < (1 if self._suspects else AHEAD):
+        while self._worker and len(self._running) < (1 if self._suspects else self._worker_settings.threads + AHEAD):
             if self._suspects:
                 number, index = self._suspects[0]
                 if number in self._requests:
@@ -244,14 +244,15 @@ class Instance:
 
     def _submit(self, places: list[tuple[int, int]]) -> None:
         assert self._worker is not None  # noqa: S101 - narrows the type
-        self._running.append(places)
-        self._worker.submit([self._requests[number].pieces[index] for number, index in places])
+        batch = next(self._ids)
+        self._running[batch] = places
+        self._worker.submit(batch, [self._requests[number].pieces[index] for number, index in places])
 
     def _ran(self, worker: Worker, ran: Ran) -> None:
-        """Take in what became of the oldest batch that runs."""
+        """Take in what became of a batch."""
         if worker is not self._worker:
             return
-        places = self._running.popleft()
+        places = self._running.pop(ran.number)
         self._deaths = 0
         if self._suspects and places == [self._suspects[0]]:
             self._suspects.popleft()
@@ -299,7 +300,7 @@ class Instance:
         self._deaths += 1
         self.counts.restarts += 1
         logger.error("the worker of %s died; starting it again", self.info.name)
-        lost = [place for places in self._running for place in places]
+        lost = [place for places in self._running.values() for place in places]
         self._running.clear()
         if self._suspects and lost == [self._suspects[0]]:
             number, _ = self._suspects.popleft()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self, get_args, get_type_hints
 
+from effllm import machine
 from effllm.errors import SettingError
 from effllm.serving.instance import KINDS, Instance
 from effllm.serving.refusals import NotReady, TooMany, UnknownModel, WrongTask
@@ -89,7 +90,8 @@ class Service:
         """Load every folder, by the name it is served under. Raises what keeps one from loading; then none is left."""
         if settings.engine not in ENGINES:
             raise SettingError(f"--engine must be one of {', '.join(ENGINES)}, got {settings.engine!r}")
-        wanted = {name: WorkerSettings(path, name, settings.engine, settings.threads) for name, path in folders.items()}
+        threads = settings.threads or machine.usable_cores()
+        wanted = {name: WorkerSettings(path, name, settings.engine, threads) for name, path in folders.items()}
         opening = [Instance.open(each, settings) for each in wanted.values()]
         found = await asyncio.gather(*opening, return_exceptions=True)
         errors = [each for each in found if isinstance(each, BaseException)]

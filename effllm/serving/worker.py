@@ -13,12 +13,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from effllm import machine
 from effllm.errors import ArtifactError, EffllmError
 from effllm.runtime.predictor import Predictor
 from effllm.runtime.tokenizer import Encoding
@@ -26,7 +25,7 @@ from effllm.serving.served import POOLED, TOKEN_STATES, ModelInfo
 from effllm.tasks import TASKS, Example, Head
 from effllm.tasks.feature_extraction import pool
 from effllm.tasks.task import Outputs
-from effllm.variant import Variant, is_variant
+from effllm.variant import is_variant, read_manifest
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Piece:
 class Ran:
     """What became of a batch: for each piece its answer, its raw outputs or a `PieceFailed`; times are monotonic."""
 
+    number: int
     values: list[Any]
     started_s: float
     ended_s: float
@@ -81,7 +81,7 @@ class Worker:
         self._process = context.Process(target=_work, args=(theirs, settings), daemon=True, name=settings.name)
         self._process.start()
         theirs.close()
-        self._out: queue.SimpleQueue[list[Piece] | None] = queue.SimpleQueue()
+        self._out: queue.SimpleQueue[tuple[int, list[Piece]] | None] = queue.SimpleQueue()
         self._listening = False
 
     @property
@@ -108,9 +108,9 @@ class Worker:
         threading.Thread(target=self._send, daemon=True).start()
         threading.Thread(target=self._receive, args=(on_ran, on_end), daemon=True).start()
 
-    def submit(self, batch: list[Piece]) -> None:
-        """Send a batch; returns at once. Batches run in order."""
-        self._out.put(batch)
+    def submit(self, number: int, batch: list[Piece]) -> None:
+        """Send a batch; returns at once. Its `Ran` carries the number."""
+        self._out.put((number, batch))
 
     def close(self) -> None:
         """End the process; what was submitted before is lost."""
@@ -143,23 +143,54 @@ def _work(pipe: Connection, settings: WorkerSettings) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # the server decides when to end, after it has drained
     try:
-        predictor, variant = _open(settings)
-        pipe.send(Hello(_info(predictor, variant, settings), predictor.head))
+        wide = _open(settings, settings.threads)
+        narrow = _open(settings, 1) if settings.threads > 1 else wide
+        pipe.send(Hello(_info(wide, settings), wide.head))
     except EffllmError as error:
         pipe.send(error)
         return
-    batches: queue.SimpleQueue[list[Piece] | None] = queue.SimpleQueue()
+    batches: queue.SimpleQueue[tuple[int, list[Piece]] | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(pipe, batches), daemon=True).start()
-    while (batch := batches.get()) is not None:
-        started = time.monotonic()
-        values = _run_all(predictor, batch)
-        try:
-            pipe.send(Ran(values, started, time.monotonic()))
-        except OSError:
-            return
+    lanes = _Lanes(pipe, batches, wide, narrow)
+    for _ in range(settings.threads - 1):
+        threading.Thread(target=lanes.run, daemon=True).start()
+    lanes.run()
 
 
-def _read(pipe: Connection, batches: queue.SimpleQueue[list[Piece] | None]) -> None:
+@dataclass
+class _Lanes:
+    """Threads that run batches: a batch alone on all cores, several at a time on one core each.
+
+    Two texts on one core each are done sooner than one after the other on two: with all-MiniLM-L6-v2 in int8 and texts
+    of 8 to 128 tokens two cores answer 130 a second instead of 95. Alone a text takes 10.5 ms on two cores, 13 on one.
+    """
+
+    pipe: Connection
+    batches: queue.SimpleQueue[tuple[int, list[Piece]] | None]
+    wide: Predictor
+    narrow: Predictor
+    busy: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self) -> None:
+        """Run batches until the pipe closes."""
+        while (item := self.batches.get()) is not None:
+            number, batch = item
+            with self.lock:
+                alone = self.busy == 0 and self.batches.empty()
+                self.busy += 1
+            started = time.monotonic()
+            values = _run_all(self.wide if alone else self.narrow, batch)
+            with self.lock:
+                self.busy -= 1
+                try:
+                    self.pipe.send(Ran(number, values, started, time.monotonic()))
+                except OSError:
+                    break
+        self.batches.put(None)  # for the next lane
+
+
+def _read(pipe: Connection, batches: queue.SimpleQueue[tuple[int, list[Piece]] | None]) -> None:
     """Empty the pipe at once, so that the server never waits for room in it."""
     try:
         while True:
@@ -168,30 +199,27 @@ def _read(pipe: Connection, batches: queue.SimpleQueue[list[Piece] | None]) -> N
         batches.put(None)
 
 
-def _open(settings: WorkerSettings) -> tuple[Predictor, Variant]:
+def _open(settings: WorkerSettings, threads: int) -> Predictor:
     if not is_variant(settings.folder):
         raise ArtifactError(f"{settings.folder} is not a folder that effllm wrote; run `effllm export` first")
-    variant = Variant.open(settings.folder)
-    predictor = Predictor.open(
-        settings.folder, engine=settings.engine, threads=settings.threads or machine.usable_cores(), name=settings.name
-    )
-    return predictor, variant
+    return Predictor.open(settings.folder, engine=settings.engine, threads=threads, name=settings.name)
 
 
-def _info(predictor: Predictor, variant: Variant, settings: WorkerSettings) -> ModelInfo:
+def _info(predictor: Predictor, settings: WorkerSettings) -> ModelInfo:
     config = predictor.folder.config
-    model_file = str(variant.manifest.get("model_file", ""))
+    manifest = read_manifest(settings.folder)
+    model_file = str(manifest.get("model_file", ""))
     return ModelInfo(
         name=settings.name,
         task=predictor.task.name,
         labels=predictor.head.labels,
         max_length=predictor.tokenizer.max_length,
         batch_dependent=predictor.batch_dependent,
-        size_bytes=sum(e["size_bytes"] for name, e in variant.manifest["files"].items() if name.startswith(model_file)),
+        size_bytes=sum(e["size_bytes"] for name, e in manifest["files"].items() if name.startswith(model_file)),
         embedding_size=int(config.get("hidden_size") or config.get("dim") or 0),
         pooling=predictor.head.pooling,
         engine=settings.engine,
-        manifest=variant.manifest,
+        manifest=manifest,
     )
 
 

@@ -213,7 +213,7 @@ def test_an_input_that_kills_two_workers_is_refused_and_its_neighbours_are_not(
         waiting = [asyncio.create_task(model.answer([Example(text)])) for text in TEXTS[:4]]
         await asyncio.sleep(0.05)
         instance: Instance = model.instance
-        poison = instance._running[0][0]
+        poison = next(iter(instance._running.values()))[0]
         submit = instance._submit
 
         def deadly(places: list[tuple[int, int]]) -> None:
@@ -236,7 +236,10 @@ def test_an_input_that_the_engine_refuses_does_not_fail_its_neighbours(folders: 
         os.kill(model.instance.worker_pid, signal.SIGSTOP)
         waiting = [asyncio.create_task(model.answer([Example(TEXTS[0])])) for _ in range(6)]
         await asyncio.sleep(0)
-        assert [len(places) for places in model.instance._running] == [1, 1]  # the other four wait for one batch
+        assert [len(places) for places in model.instance._running.values()] == [
+            1,
+            1,
+        ]  # the other four wait for one batch
         list(model.instance._requests.values())[3].pieces[0].encoding.ids[1] = 10**6  # the engine knows no such token
         os.kill(model.instance.worker_pid, signal.SIGCONT)
         answers = await asyncio.gather(*waiting, return_exceptions=True)
