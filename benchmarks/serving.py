@@ -103,8 +103,11 @@ class Rounds:
     outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def add(self, system: str, run: LoadRun) -> None:
-        """Take a round of a server. Ends the benchmark when it answered nothing."""
-        counted = run.counted()
+        """Take a round of a server. Ends the benchmark when it answered nothing.
+
+        Where one request lasted from the warm-up to the end, none was due in between: then that one's latency stands.
+        """
+        counted = run.counted() or run.sent
         latencies = [one.latency_ms for one in counted if one.answered]
         if not latencies:
             raise SystemExit(f"{system} answered nothing: {Counter(one.outcome for one in counted)}")
