@@ -13,6 +13,10 @@ takes its share of the same cores. Writes `results/serving.jsonl`; with `--only`
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
 - **soak**: 80 % of what it can answer, for half an hour; memory and p99 of the first and the last fifth.
 
+Every system has as many threads as there are cores: a server by hand runs as many requests at once as it gets, so fewer
+threads would bind the others only (`taskset` limits all of them alike). The machine must be idle otherwise, as beside
+other work the server with the most threads gets the most of the processor.
+
 Texts are common words, one token each. One machine whose cores client and server share; no network, no GPU, embeddings
 only. A model whose answers depend on their batch (dynamic int8) is served one text at a time, but looped in batches.
 """
@@ -328,7 +332,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure (default: all)")
-    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="threads of every system")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of peers")
     parser.add_argument("--seconds", type=float, default=8.0, help="seconds per system, load and round")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
@@ -343,7 +346,7 @@ def main() -> None:
         parser.error(f"--only takes {', '.join(PARTS)}")
     plan = Plan(
         folder=flags.folder.resolve(),
-        threads=flags.threads,
+        threads=machine.usable_cores(),
         rounds=flags.rounds,
         seconds=flags.seconds,
         overload_s=flags.overload_seconds,
