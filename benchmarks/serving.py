@@ -8,10 +8,15 @@ takes its share of the same cores. Writes `results/serving.jsonl`; with `--only`
 
 - **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor (where
   its environment is given), and the bare loop without a server (tokenise, sort by length, run): 32 clients with 16–64
-  and with 8–128 tokens, and one client. Medians of rounds, 95 % intervals of medians and of ratios of medians.
+  and with 8–128 tokens, and one client. Servers whose turn it is not are stopped. Medians of rounds, 95 % intervals of
+  medians and of ratios of medians.
 - **overload**: four times as many requests as it can answer, at random times, for a minute.
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
 - **soak**: 80 % of what it can answer, for half an hour; memory and p99 of the first and the last fifth.
+
+Every system has as many threads as there are cores: a server by hand runs as many requests at once as it gets, so fewer
+threads would bind the others only (`taskset` limits all of them alike). The machine must be idle otherwise, as beside
+other work the server with the most threads gets the most of the processor.
 
 Texts are common words, one token each. One machine whose cores client and server share; no network, no GPU, embeddings
 only. A model whose answers depend on their batch (dynamic int8) is served one text at a time, but looped in batches.
@@ -103,8 +108,11 @@ class Rounds:
     outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def add(self, system: str, run: LoadRun) -> None:
-        """Take a round of a server. Ends the benchmark when it answered nothing."""
-        counted = run.counted()
+        """Take a round of a server. Ends the benchmark when it answered nothing.
+
+        Where one request lasted from the warm-up to the end, none was due in between: then that one's latency stands.
+        """
+        counted = run.counted() or run.sent
         latencies = [one.latency_ms for one in counted if one.answered]
         if not latencies:
             raise SystemExit(f"{system} answered nothing: {Counter(one.outcome for one in counted)}")
@@ -152,7 +160,7 @@ def peers(plan: Plan) -> Iterator[Row]:
         loop = stack.enter_context(RawLoop(plan.folder, plan.threads))
         for server in servers:
             say(f"starting {server.name}")
-            stack.enter_context(server)
+            stack.enter_context(server).stop()
         for clients, low, high in LOADS:
             found = _interleaved(plan, servers, loop, clients, texts_of_lengths(low, high, TEXTS))
             yield from found.rows(plan.how("peers", clients=clients, tokens=f"{low}–{high}"))
@@ -164,7 +172,9 @@ def _interleaved(plan: Plan, servers: Sequence[ServerProcess], loop: RawLoop, cl
     load = Load(clients=clients, seconds=plan.seconds, warm_up_s=1.0)
 
     def served(server: ServerProcess) -> None:
+        server.resume()
         found.add(server.name, drive(server, texts, load))
+        server.stop()
 
     calls: dict[str, Callable[[], None]] = {server.name: partial(served, server) for server in servers}
     for name, chunk in ((LOOP, clients), *(((SORTED_LOOP, TEXTS),) if clients > 1 else ())):
@@ -325,7 +335,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure (default: all)")
-    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="threads of every system")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of peers")
     parser.add_argument("--seconds", type=float, default=8.0, help="seconds per system, load and round")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
@@ -340,7 +349,7 @@ def main() -> None:
         parser.error(f"--only takes {', '.join(PARTS)}")
     plan = Plan(
         folder=flags.folder.resolve(),
-        threads=flags.threads,
+        threads=machine.usable_cores(),
         rounds=flags.rounds,
         seconds=flags.seconds,
         overload_s=flags.overload_seconds,

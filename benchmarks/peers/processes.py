@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -59,6 +60,7 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         children = self.family()
+        self.resume()
         self._process.terminate()
         try:
             self._process.wait(15)
@@ -99,6 +101,16 @@ class ServerProcess:
         for pid in family:
             family += [child for child, parent in parents.items() if parent == pid]
         return family
+
+    def stop(self) -> None:
+        """Stop the family until `resume`: an idle server that polls would take time from the one that is measured."""
+        for pid in self.family():
+            os.kill(pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the family go on."""
+        for pid in self.family():
+            os.kill(pid, signal.SIGCONT)
 
     def workers(self) -> list[int]:
         """Return the ids of the processes that hold a model: those that multiprocessing spawned."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from pathlib import Path
+from string import Template
 
 from effllm.variant import MANIFEST, Variant
 
@@ -18,6 +19,78 @@ RUNTIME = "effllm-serve"
 MOUNT = "/mnt/models"
 """Where KServe puts the folder of `storageUri`."""
 PORT = 8080
+SERVICE = Template(
+    """\
+# The runtime is written once per namespace; the service once per model. Set the two values marked "yours".
+apiVersion: serving.kserve.io/v1alpha1
+kind: ServingRuntime
+metadata:
+  name: $runtime
+spec:
+  supportedModelFormats:
+    - name: effllm
+      version: "1"
+      autoSelect: true
+  protocolVersions:
+    - v2
+  containers:
+    - name: kserve-container
+      image: effllm-serve:$version  # yours: built from examples/serving/Dockerfile
+      args:
+        - serve
+        - "{{.Name}}=$mount"
+        - --host
+        - 0.0.0.0
+        - --port
+        - "$port"
+      ports:
+        - containerPort: $port
+          protocol: TCP
+      resources:
+        requests:
+          cpu: "1"
+          memory: 1Gi
+        limits:
+          cpu: "2"
+          memory: 2Gi
+      startupProbe:
+        httpGet:
+          path: /v2/health/ready
+          port: $port
+        periodSeconds: 2
+        failureThreshold: 60
+      readinessProbe:
+        httpGet:
+          path: /v2/health/ready
+          port: $port
+        periodSeconds: 5
+      livenessProbe:
+        httpGet:
+          path: /v2/health/live
+          port: $port
+        periodSeconds: 10
+      securityContext:
+        runAsNonRoot: true
+        readOnlyRootFilesystem: true
+        allowPrivilegeEscalation: false
+        capabilities:
+          drop:
+            - ALL
+---
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: $name
+spec:
+  predictor:
+    model:
+      modelFormat:
+        name: effllm
+      protocolVersion: v2
+      runtime: $runtime
+      storageUri: pvc://models/$name  # yours: where the folder model/ is
+"""
+)
 
 
 def write_kserve(variant: Variant, name: str, target: Path) -> str:
@@ -35,79 +108,5 @@ def write_kserve(variant: Variant, name: str, target: Path) -> str:
 
 def service_text(name: str) -> str:
     """Return the runtime and the service as YAML. `name` is that of the served model and of the service."""
-    return f"""\
-# The runtime is written once per namespace; the service once per model. Set the two values marked "yours".
-{_runtime_text()}---
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: {name}
-spec:
-  predictor:
-    model:
-      modelFormat:
-        name: effllm
-      protocolVersion: v2
-      runtime: {RUNTIME}
-      storageUri: pvc://models/{name}  # yours: where the folder model/ is
-"""
-
-
-def _runtime_text() -> str:
     version = importlib.metadata.version("effllm")
-    return f"""\
-apiVersion: serving.kserve.io/v1alpha1
-kind: ServingRuntime
-metadata:
-  name: {RUNTIME}
-spec:
-  supportedModelFormats:
-    - name: effllm
-      version: "1"
-      autoSelect: true
-  protocolVersions:
-    - v2
-  containers:
-    - name: kserve-container
-      image: effllm-serve:{version}  # yours: built from examples/serving/Dockerfile
-      args:
-        - serve
-        - "{{{{.Name}}}}={MOUNT}"
-        - --host
-        - 0.0.0.0
-        - --port
-        - "{PORT}"
-      ports:
-        - containerPort: {PORT}
-          protocol: TCP
-      resources:
-        requests:
-          cpu: "1"
-          memory: 1Gi
-        limits:
-          cpu: "2"
-          memory: 2Gi
-      startupProbe:
-        httpGet:
-          path: /v2/health/ready
-          port: {PORT}
-        periodSeconds: 2
-        failureThreshold: 60
-      readinessProbe:
-        httpGet:
-          path: /v2/health/ready
-          port: {PORT}
-        periodSeconds: 5
-      livenessProbe:
-        httpGet:
-          path: /v2/health/live
-          port: {PORT}
-        periodSeconds: 10
-      securityContext:
-        runAsNonRoot: true
-        readOnlyRootFilesystem: true
-        allowPrivilegeEscalation: false
-        capabilities:
-          drop:
-            - ALL
-"""
+    return SERVICE.substitute(name=name, version=version, runtime=RUNTIME, mount=MOUNT, port=PORT)

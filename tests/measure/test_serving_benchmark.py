@@ -82,6 +82,12 @@ def test_peers_are_compared_round_by_round() -> None:
         rounds.add(serving.NAIVE, LoadRun(steady(5, 1, outcome="500"), 1.0))
 
 
+def test_a_stall_over_a_whole_round_is_not_left_out() -> None:
+    rounds = serving.Rounds()
+    rounds.add(serving.OURS, LoadRun([Sent(-1.0, -1.0, 6.0, 1, "200")], 4.0))
+    assert (rounds.rates[serving.OURS], rounds.p99s[serving.OURS]) == ([0.0], [7000.0])
+
+
 def test_rows_of_other_parts_stay(tmp_path: Path) -> None:
     file = tmp_path / "serving.jsonl"
     write_rows(file, [Row("peak", 1.0, "x", "s", how={"part": part}) for part in ("peers", "soak")])
