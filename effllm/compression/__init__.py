@@ -25,6 +25,7 @@ METHODS = {
     "lowrank": "effllm.compression.lowrank:LowRank",
     "magnitude": "effllm.compression.magnitude:Magnitude",
     "wanda": "effllm.compression.wanda:Wanda",
+    "ria": "effllm.compression.ria:Ria",
     "sparsegpt": "effllm.compression.sparsegpt:SparseGpt",
     "obert": "effllm.compression.obert:OBert",
     "movement": "effllm.compression.movement:Movement",
