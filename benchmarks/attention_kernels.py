@@ -269,9 +269,9 @@ def window(scale: Scale) -> Iterator[Row]:
 
 def rotary(scale: Scale) -> Iterator[Row]:
     """Yield attention whose q and k come unrotated, full and in a window, rotated by the kernel or beforehand."""
-    torch._dynamo.reset()
     turn = torch.compile(turned, fullgraph=True, dynamic=False) if scale.gpu else turned
     for length in (128, 512, 2048, 8192) if scale.gpu else (32,):
+        torch._dynamo.reset()
         batch, heads, width = max(1, scale.tokens // length), 12 if scale.gpu else 2, 64
         sets = inputs(scale, batch, length, heads, width)
         phase = torch.arange(length)[:, None] * 10_000.0 ** -(torch.arange(width // 2) / (width // 2))
