@@ -2,18 +2,21 @@
 
     python benchmarks/attention_kernels.py            every row, under 8 minutes on an H100 or H200
     python benchmarks/attention_kernels.py --quick    few sizes and repeats, no rows written
-    python benchmarks/attention_kernels.py --cpu      the code paths at tiny sizes on the CPU, no rows written
+    python benchmarks/attention_kernels.py --cpu      the code paths at tiny sizes on the CPU, no rows written; with
+                                                      TRITON_INTERPRET=1 the kernels too, in Triton's interpreter
 
 Measures the machine first (copy, bfloat16 product), then: forward and forward + backward over S, padded batches at 50 %
-fill, a window of ±64, short sequences under CUDA graphs, host time a call, and whole BERT-base and ModernBERT-base
-forwards on lengths drawn as texts have them. Baselines: named SDPA backends, compiled FlexAttention and transformers'
-padded path. Each time is a median over rotated inputs, together larger than the cache; a baseline that refuses a case
-has no row. Random weights and inputs: it measures time only. Writes `results/kernels.jsonl`.
+fill, a window of ±64, rotary embedding in the kernel, short sequences under CUDA graphs, host time a call, and whole
+BERT-base and ModernBERT-base forwards on lengths drawn as texts have them. Baselines: named SDPA backends, compiled
+FlexAttention (it takes long to compile: at two dense lengths), a compiled rotation before SDPA, transformers' padded
+path. Each time is a median over rotated inputs, together larger than the cache; a baseline that refuses a case has no
+row. Random weights and inputs: it measures time only. Writes `results/kernels.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import time
@@ -41,6 +44,7 @@ BACKENDS = {
 }
 OURS, FLEX, PADDED = "effllm", "FlexAttention compiled", "transformers padded flash"
 TOKENS, WINDOW = 16384, 64
+FLEX_LENGTHS = (512, 8192)
 CACHE_BYTES = 256 << 20
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -158,9 +162,11 @@ def sdpa(scale: Scale, **settings: Any) -> dict[str, Call]:
 
 
 def flex(scale: Scale, rule: Callable[..., Tensor] | None, batch: int | None, length: int) -> dict[str, Call]:
-    """Return FlexAttention with its block mask made beforehand, compiled on a GPU."""
+    """Return FlexAttention with its block mask made beforehand, compiled on a GPU for this shape and no other."""
+    torch._dynamo.reset()  # past its limit of recompilations dynamo would refuse
     mask = None if rule is None else create_block_mask(rule, batch, None, length, length, device=scale.device)
-    return {FLEX: heads_first(torch.compile(flex_attention) if scale.gpu else flex_attention, block_mask=mask)}
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    return {FLEX: heads_first(compiled if scale.gpu else flex_attention, block_mask=mask)}
 
 
 def compare(
@@ -193,7 +199,9 @@ def dense(scale: Scale) -> Iterator[Row]:
     for width, length in itertools.product((64, 128), scale.lengths):
         batch, heads = max(1, scale.tokens // length), 2048 // width if scale.gpu else 2
         sets = inputs(scale, batch, length, heads, width)
-        calls = {OURS: attention, **sdpa(scale), **flex(scale, None, None, length)}
+        calls = {OURS: attention, **sdpa(scale)}
+        if length in FLEX_LENGTHS or not scale.gpu:
+            calls |= flex(scale, None, None, length)
         how = {"batch": batch, "length": length, "heads": heads, "width": width}
         flops = 4.0 * batch * heads * length**2 * width
         yield from compare(scale, "attention forward", calls, sets, how, flops)
@@ -257,6 +265,40 @@ def window(scale: Scale) -> Iterator[Row]:
         with torch.inference_mode():
             turns = [lambda call=call, one=one: call(*one) for one in sets]
             yield row("window ±64 forward", "µs", name, timed(turns, scale), how)
+
+
+def rotary(scale: Scale) -> Iterator[Row]:
+    """Yield attention whose q and k come unrotated, full and in a window, rotated by the kernel or beforehand."""
+    turn = torch.compile(turned, fullgraph=True, dynamic=False) if scale.gpu else turned
+    for length in (128, 512, 2048, 8192) if scale.gpu else (32,):
+        torch._dynamo.reset()
+        batch, heads, width = max(1, scale.tokens // length), 12 if scale.gpu else 2, 64
+        sets = inputs(scale, batch, length, heads, width)
+        phase = torch.arange(length)[:, None] * 10_000.0 ** -(torch.arange(width // 2) / (width // 2))
+        cos, sin = (table.to(sets[0][0]) for table in (phase.cos(), phase.sin()))
+
+        def before(call: Call, cos: Tensor = cos, sin: Tensor = sin) -> Call:
+            return lambda q, k, v: call(turn(q, cos, sin), turn(k, cos, sin), v)
+
+        fused = functools.partial(attention, rotary_cos=cos, rotary_sin=sin)
+        calls = {OURS: fused, f"rotation + {OURS}": before(attention)}
+        calls |= {f"rotation + {name}": before(call) for name, call in sdpa(scale).items()}
+        local: dict[str, Call] = {
+            OURS: functools.partial(fused, window=WINDOW),
+            f"rotation + {OURS}": before(functools.partial(attention, window=WINDOW)),
+        }
+        how = {"batch": batch, "length": length, "heads": heads, "width": width}
+        flops = 4.0 * batch * heads * length**2 * width
+        yield from compare(scale, "rotary forward", calls, sets, how, flops)
+        yield from compare(scale, "rotary forward + backward", calls, sets, how, 3.5 * flops, backward=True)
+        yield from compare(scale, "rotary window ±64 forward", local, sets, how | {"window": WINDOW}, flops)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return (B, S, H, D) rotated, the pairs being the columns (c, c + D / 2)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def short(scale: Scale) -> Iterator[Row]:
@@ -337,7 +379,7 @@ def main() -> None:
         parser.error("no GPU: use --cpu to exercise the code")
     torch.manual_seed(0)
     found = []
-    for part in (rooflines, dense, padded, window, short, models):
+    for part in (rooflines, dense, padded, window, rotary, short, models):
         found += part(scale)
         if scale.writes:
             write_rows(RESULTS, found)

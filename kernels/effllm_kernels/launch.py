@@ -51,12 +51,12 @@ class Tile(NamedTuple):
 def forward_tile(q: Tensor, terms: Terms) -> Tile:
     """Return the forward tile."""
     width = q.shape[-1]
+    stages = 3 if terms.rotary_cos is None else 2  # the tables pass through shared memory too
     if q.dtype.itemsize > 2:
         tile = Tile(32, 32, 4, 2)
     elif width <= 64:
-        tile = Tile(128, 128 if is_plain(terms) else 64, 8, 3)
+        tile = Tile(128, 128 if is_plain(terms) else 64, 8, stages)
     else:
-        stages = 3 if terms.rotary_cos is None else 2  # the tables pass through shared memory too
         tile = Tile(128, 64, 8, stages) if width <= 128 else Tile(64, 64, 8, 2)
     return _shrink(tile, terms, least_keys=16)
 
@@ -83,8 +83,8 @@ def _shrink(tile: Tile, terms: Terms, least_keys: int) -> Tile:
 
 
 def is_plain(terms: Terms) -> bool:
-    """Return whether a logit is only the scaled product of q and k as they are, and nothing is dropped."""
-    absent = (terms.bias, terms.alibi_slopes, terms.c2p, terms.p2c, terms.seed, terms.rotary_cos)
+    """Return whether a logit is only the scaled product and nothing is dropped."""
+    absent = (terms.bias, terms.alibi_slopes, terms.c2p, terms.p2c, terms.seed)
     return all(term is None for term in absent) and not terms.softcap
 
 

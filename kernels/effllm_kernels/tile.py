@@ -150,7 +150,7 @@ def in_window(visible, i, j, offset, t):
 
 @triton.jit
 def tanh(x):
-    """Return the hyperbolic tangent to a few ulp: by a series near 0, where 1 - exp(-2|x|) cancels."""
+    """Return the hyperbolic tangent to a few float32 ulp: by a series near 0, where 1 - exp(-2|x|) cancels."""
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     y = x * x

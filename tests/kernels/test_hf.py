@@ -221,6 +221,17 @@ def test_masks_stay_two_dimensional(device: str, monkeypatch: pytest.MonkeyPatch
         build(name, "effllm", device)(input_ids=tokens(device), attention_mask=mask, **extra)
 
 
+@pytest.mark.slow
+def test_compiled_as_one_graph(device: str) -> None:
+    """Without a code generator: what a C++ compiler takes for its code is not ours."""
+    torch._dynamo.reset()
+    model, ids = build("llama", "effllm", device, num_hidden_layers=1), tokens(device)
+    mask = torch.tensor(PADDINGS["right"], device=device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got, want = (run(input_ids=ids, attention_mask=mask).last_hidden_state for run in (compiled, model))
+    NEAR(got[mask == 1], want[mask == 1])
+
+
 def test_says_what_it_does_not_cover(device: str) -> None:
     model, ids = build("bert", "effllm", device), tokens(device, 1)
     starts = torch.tensor([0, 14], dtype=torch.int32, device=device)

@@ -25,6 +25,44 @@ def test_opcheck(name, device):
     torch.library.opcheck(torch.ops.effllm_kernels.attention.default, arguments, test_utils=checks)
 
 
+def test_opcheck_of_the_packed_operator(device):
+    given = Case("p", batch=2, queries=6, keys=6, heads=1, width=16).inputs(torch.float32, device)
+    qkv = torch.stack([given[n] for n in "qkv"], 2).requires_grad_()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (qkv, *attention_terms(**given))
+    torch.library.opcheck(torch.ops.effllm_kernels.packed_attention.default, arguments, test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_replays_with_other_lengths_and_nothing_waits_for_the_device():
+    given = Case("g", batch=2, queries=100, keys=100, heads=2, width=64).inputs(torch.float16, "cuda")
+    lengths = torch.tensor([100, 7], dtype=torch.int32, device="cuda")
+    own = leaves(given)
+
+    def step():
+        out = attention(**own, key_lengths=lengths, query_lengths=lengths)
+        return out, torch.autograd.grad(out, list(own.values()), torch.ones_like(out))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    side.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, grads = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    lengths.copy_(torch.tensor([31, 64]))
+    graph.replay()
+    want, gradients = step()
+    assert torch.equal(out, want)
+    assert all(torch.equal(a, b) for a, b in zip(grads, gradients, strict=True))
+
+
 def test_compiled_whole_with_changing_lengths(device):
     """One full graph, forward and backward, and at most one more when the length turns out to change."""
     torch._dynamo.reset()
