@@ -184,6 +184,38 @@ def compression_table() -> str:
     return "\n".join([*lines, "", f"{dense.machine}; {how}."])
 
 
+def serving_table() -> str:
+    """Return texts per second and waiting times of the servers and of the loop without one, and what broke."""
+    rows = read_rows(RESULTS / "serving.jsonl")
+    loads = ((32, "16–64"), (32, "8–128"), (1, "16–64"))
+    lines = [
+        "| | " + " | ".join(f"{c} client{'s' * (c > 1)}, {t} tokens" for c, t in loads) + " |",
+        "|---|" + "---|" * len(loads),
+    ]
+    systems = [row.system for row in rows if row.how.get("part") == "peers" and row.metric == "throughput served"]
+    for system in dict.fromkeys(systems):
+        cells = []
+        for clients, tokens in loads:
+            how = {"part": "peers", "clients": clients, "tokens": tokens}
+            rate, p50, p99 = (
+                find(rows, metric, system, **how) for metric in ("throughput served", "request p50", "request p99")
+            )
+            times = f", p50 {p50.value:.0f} ms" if p50 else ""
+            times += f", p99 {p99.value:.0f} ms" if p99 else ""
+            cells.append(f"{rate.value:.0f} texts/s{times}" if rate else "–")
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    first = find(rows, "throughput served", "effllm serve", part="peers", clients=32, tokens="8–128")
+    goodput = find(rows, "goodput, share of peak", "effllm serve")
+    errors = find(rows, "server errors", "effllm serve", part="overload")
+    killed, lost = (find(rows, metric, "effllm serve") for metric in ("workers killed", "requests without a clear end"))
+    ends = (
+        f"Under four times its load for a minute it answered {goodput.value:.0%} of its peak, with {errors.value:.0f} "
+        f"server errors; with {killed.value:.0f} workers killed under load {lost.value:.0f} requests were lost."
+    )
+    how = f"all-MiniLM-L6-v2 in int8, medians of {first.n} interleaved rounds, client and server on the same cores"
+    return "\n".join([*lines, "", f"{first.machine}; {how}. {ends}"])
+
+
 def _number(value: float) -> str:
     return f"{value:.3f}"
 
@@ -238,6 +270,7 @@ TABLES = {
     "training": training_table,
     "interop": interop_table,
     "compression": compression_table,
+    "serving": serving_table,
 }
 
 
