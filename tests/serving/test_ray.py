@@ -101,8 +101,9 @@ def test_a_killed_node_costs_its_own_requests_and_the_other_goes_on(cluster: Any
     time.sleep(20)
     counts = load.stop()
     assert counts["200"] > before
-    assert set(counts) <= {"200", "500", "503"}
-    assert counts["200"] >= sum(counts.values()) - 2 * 4 * 5  # what ran on the node, and what was sent there meanwhile
+    # The proxy of the killed node takes its connections along; what ran there ends with an error.
+    assert set(counts) <= {"200", "500", "503", "ReadError", "RemoteProtocolError", "ConnectError"}
+    assert sum(counts.values()) - counts["200"] <= 4 * 5, counts
 
 
 def test_an_update_drops_no_request(cluster: Any, folder: Path) -> None:
