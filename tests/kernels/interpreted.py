@@ -30,5 +30,22 @@ def _patch_the_language_once() -> None:
     interpreter._patch_lang = patch_once
 
 
+def _round_bfloat16_to_nearest() -> None:
+    """Let the interpreter round float32 to bfloat16 as a GPU does; it truncates, which doubles the error."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self, source, target):
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return cast(self, source, target)
+        rounded = torch.tensor(source.data).bfloat16().view(torch.uint16)
+        return interpreter.TensorHandle(rounded.numpy(), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
+
+
 if DEVICE == "cpu":
     _patch_the_language_once()
+    _round_bfloat16_to_nearest()
