@@ -221,7 +221,8 @@ def test_names_in_urls_open_nothing(models: FakeModels, client: Client, monkeypa
     opened: list[object] = []
 
     def refuse(*args: object, **_: object) -> None:
-        opened.append(args)
+        if not str(args[0]).endswith(".py"):  # the sources of loaded modules, which test tools look at, are no request's
+            opened.append(args)
         raise OSError
 
     @settings(max_examples=500, deadline=None)
