@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,10 @@ WORDS = (
     "good bad movie film actor plot ending great awful paris london berlin ada lives moved works in city where does she"
 ).split()
 ARCHITECTURES = ("bert", "roberta", "distilbert", "electra", "xlm-roberta", "modernbert")
+# The same examples in every run, so that a change is what turns a run red; `--hypothesis-profile=default` explores.
+hypothesis.settings.register_profile("reproducible", derandomize=True)
+hypothesis.settings.load_profile("reproducible")
+
 HEADS = {
     "feature-extraction": "AutoModel",
     "fill-mask": "AutoModelForMaskedLM",
