@@ -148,8 +148,8 @@ def main() -> None:
     parser.add_argument("--bench", action="store_true", help="also time them in ONNX Runtime")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    name = arguments.data.name
-    results = RESULTS / ("compression.jsonl" if name == "sst2" else f"compression_{name}.jsonl")
+    data_set = arguments.data.name
+    results = RESULTS / ("compression.jsonl" if data_set == "sst2" else f"compression_{data_set}.jsonl")
     rows = list(read_rows(results)) if results.is_file() else []
     folders: dict[str, list[Path]] = {}
     for name in arguments.only.split(","):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from effllm.compression.calibrate import Moments, feeds, watching
-from effllm.compression.layers import layer_list, linears
+from effllm.compression.calibrate import Moments, feeds, observe, watching
+from effllm.compression.layers import layer_list, linears, weight_of
+from effllm.compression.masks import Pattern, set_masks
+from effllm.compression.method import Changed, WeightsJob
 from effllm.progress import Track, silent
 from effllm.runtime.tokenizer import Encoding
 
@@ -36,6 +38,28 @@ def layer_by_layer(
         yield moments
         with torch.no_grad():
             states = [_run(modules[index], state, call[index]) for state, call in zip(states, calls, strict=True)]
+
+
+def prune_by(
+    score: Callable[[torch.Tensor, Moments], torch.Tensor], job: WeightsJob, pattern: str, sparsity: float, method: str
+) -> Changed:
+    """Set the weights with the smallest scores to zero, in place, each layer on what the pruned ones before it give it.
+
+    `score` makes of a weight (rows, columns) and its inputs the scores, at least 0, of the same shape. With the pattern
+    `global` all layers compete, and the inputs are those of the dense model.
+    """
+    model, chosen = job.model, Pattern(pattern)
+    if pattern == "global":
+        moments = observe(model, list(linears(model)), job.encodings(), job.track)
+        scores = {name: score(weight_of(model, name), seen) for name, seen in moments.items()}
+        return set_masks(model, chosen.keep(scores, sparsity))
+    masks: dict[str, torch.Tensor] = {}
+    for moments in layer_by_layer(model, job.encodings(), job.track, f"pruning ({method})"):
+        for name, seen in moments.items():
+            weight = weight_of(model, name)
+            masks[name] = chosen.keep_one(score(weight, seen), sparsity)
+            weight.mul_(masks[name])
+    return set_masks(model, masks)
 
 
 def _first_states(

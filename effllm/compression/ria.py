@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from effllm.compression.calibrate import Moments, observe
-from effllm.compression.layers import linears, weight_of
-from effllm.compression.layerwise import layer_by_layer
-from effllm.compression.masks import Pattern, check_pattern, set_masks
+from effllm.compression.calibrate import Moments
+from effllm.compression.layers import linears
+from effllm.compression.layerwise import prune_by
+from effllm.compression.masks import Pattern, check_pattern
 from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 from effllm.errors import SettingError
 
@@ -57,18 +57,9 @@ class Ria:
 
     def apply(self, job: WeightsJob) -> Changed:
         """Choose and set the masks. With `global`, the inputs are those of the dense model."""
-        model, pattern = job.model, Pattern(self.pattern)
-        if self.pattern == "global":
-            moments = observe(model, list(linears(model)), job.encodings(), job.track)
-            scores = {name: importance(weight_of(model, name), seen, self.a) for name, seen in moments.items()}
-            return set_masks(model, pattern.keep(scores, self.sparsity))
-        masks: dict[str, torch.Tensor] = {}
-        for moments in layer_by_layer(model, job.encodings(), job.track, "pruning (ria)"):
-            for name, seen in moments.items():
-                weight = weight_of(model, name)
-                masks[name] = pattern.keep_one(importance(weight, seen, self.a), self.sparsity)
-                weight.mul_(masks[name])
-        return set_masks(model, masks)
+        return prune_by(
+            lambda weight, seen: importance(weight, seen, self.a), job, self.pattern, self.sparsity, self.name
+        )
 
 
 def importance(weight: torch.Tensor, seen: Moments, a: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from effllm.errors import EffllmError
@@ -18,7 +18,7 @@ from effllm.folder import open_folder
 from effllm.runtime.tokenizer import Encoding, TextTokenizer
 from effllm.serving.refusals import BadInput, DeadlinePassed, Failed, NotReady, QueueFull, Refused, TooLong, WorkerDied
 from effllm.serving.scheduler import Scheduler
-from effllm.serving.served import POOLED, TOKEN_STATES, Answers, ModelInfo, Result, TokenPiece
+from effllm.serving.served import EMBEDDING, POOLED, TOKEN_STATES, Answers, ModelInfo, Result, TokenPiece
 from effllm.serving.settings import ServeSettings
 from effllm.serving.worker import Hello, Piece, PieceFailed, Ran, Worker, WorkerSettings, answer
 from effllm.tasks import TASKS, Example
@@ -57,8 +57,7 @@ class Counts:
     restarts: int = 0
     batches: int = 0
     tokens: int = 0
-    padded_tokens: int = 0
-    busy_s: float = field(default=0.0)
+    busy_s: float = 0.0
 
 
 class Instance:
@@ -102,11 +101,6 @@ class Instance:
     def queued(self) -> int:
         """The inputs that were accepted and are not done."""
         return self._waiting_inputs
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing that was accepted is unanswered."""
-        return self._waiting_inputs == 0
 
     @property
     def worker_pid(self) -> int:
@@ -223,7 +217,8 @@ class Instance:
         try:
             await request.done
         finally:
-            self._scheduler.remove(number)
+            if request.missing:
+                self._scheduler.remove(number)
             self._requests.pop(number, None)
         return request
 
@@ -256,12 +251,11 @@ class Instance:
         self._deaths = 0
         if self._suspects and places == [self._suspects[0]]:
             self._suspects.popleft()
-        lengths = []
         for (number, index), value in zip(places, ran.values, strict=True):
             request = self._requests.get(number)
             if request is None:
                 continue  # its client is gone
-            lengths.append(len(request.pieces[index].encoding))
+            self.counts.tokens += len(request.pieces[index].encoding)
             request.values[index] = value
             request.missing -= 1
             request.infer_s += ran.ended_s - ran.started_s if request.started_s != ran.started_s else 0.0
@@ -271,8 +265,6 @@ class Instance:
                 if not request.done.done():
                     request.done.set_result(None)
         self.counts.batches += 1
-        self.counts.tokens += sum(lengths)
-        self.counts.padded_tokens += max(lengths, default=0) * len(lengths)
         self.counts.busy_s += ran.ended_s - ran.started_s
         self._pump()
 
@@ -337,6 +329,5 @@ def _start(settings: WorkerSettings) -> tuple[Worker, Hello]:
         raise
 
 
-EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
-KINDS = {task: (task,) for task in TASKS} | dict.fromkeys(EMBEDDING_TASKS, (*EMBEDDING_TASKS, TOKEN_STATES, POOLED))
+KINDS = {task: (task,) for task in TASKS} | dict.fromkeys(EMBEDDING, (*EMBEDDING, TOKEN_STATES, POOLED))
 """Task of a model -> what may be asked of it."""

@@ -12,8 +12,8 @@ import pydantic
 from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, timings
 from effllm.serving.forms import HttpError
 from effllm.serving.refusals import UnknownModel
-from effllm.serving.served import Answers, ServedModel
-from effllm.serving.tei import EMBEDDING, any_model, prepared, reply_of
+from effllm.serving.served import EMBEDDING, Answers, ServedModel
+from effllm.serving.tei import any_model, prepared, reply_of
 from effllm.serving.tei_bodies import Batch, Texts
 from effllm.tasks import Example
 

@@ -9,7 +9,8 @@ import pydantic
 
 from effllm.serving.exchange import Call, Reply, Shared, ask, check_texts, json_reply, timings
 from effllm.serving.forms import HttpError
-from effllm.serving.tei import EMBEDDING, any_model, check_dimensions, shortened
+from effllm.serving.served import EMBEDDING
+from effllm.serving.tei import any_model, check_dimensions, shortened
 from effllm.serving.tei_bodies import Texts
 from effllm.tasks import Example
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from effllm.tasks import Example
 
+EMBEDDING = ("feature-extraction", "sentence-similarity")
+"""The tasks whose models embed."""
 TOKEN_STATES = "token-states"  # noqa: S105 - no password
 """Asked of an embedding model instead of its task: the value is float32 (T, H), one row per token."""
 POOLED = "pooled"

@@ -154,6 +154,6 @@ class Service:
     async def _retire(self, instance: Instance) -> None:
         """Close an instance once its requests are answered, or the drain time is over."""
         end = time.monotonic() + self._settings.drain
-        while not instance.idle and time.monotonic() < end:
+        while instance.queued and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
         await instance.close()

@@ -20,7 +20,7 @@ from effllm.serving.answers import (
 from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, timings
 from effllm.serving.forms import HttpError
 from effllm.serving.refusals import BadInput, WrongTask
-from effllm.serving.served import POOLED, TOKEN_STATES, ModelInfo, ServedModel, TokenPiece
+from effllm.serving.served import EMBEDDING, POOLED, TOKEN_STATES, ModelInfo, ServedModel, TokenPiece
 from effllm.serving.tei_bodies import (
     EmbedAllRequest,
     EmbedRequest,
@@ -33,7 +33,6 @@ from effllm.serving.tei_bodies import (
 from effllm.tasks import Example
 from effllm.tasks.feature_extraction import unit as to_unit
 
-EMBEDDING = ("feature-extraction", "sentence-similarity")
 PREDICTING = ("text-classification", "token-classification", "fill-mask", "question-answering")
 EMBED_ALL_INPUTS = 32
 """The most texts of one /embed_all: each token of each text is a vector, hundreds of megabytes of JSON beyond it."""
