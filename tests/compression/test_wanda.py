@@ -11,7 +11,7 @@ from effllm.compression import parse_method
 from effllm.compression.calibrate import Moments, observe
 from effllm.compression.layers import linears, weight_of
 from effllm.compression.layerwise import layer_by_layer
-from effllm.compression.masks import NO_GAIN
+from effllm.compression.masks import NO_GAIN, Pattern
 from effllm.compression.pipeline import compress
 from effllm.compression.sparsegpt import reconstruction_error
 from effllm.compression.wanda import importance
@@ -50,6 +50,26 @@ def test_later_layers_see_what_earlier_ones_became(classifier, tmp_path):
     now = observe(job.model, list(linears(job.model)), job.encodings())
     second = next(iter(grams[1]))
     assert torch.equal(grams[1][second].gram, now[second].gram)
+
+
+def test_a_layer_is_pruned_on_what_the_pruned_ones_before_it_give(tmp_path):
+    folder = make_model(tmp_path / "model")
+    dense, job = make_job(folder, tmp_path, texts=3), make_job(folder, tmp_path, texts=3)
+    wanda = parse_method("wanda:sparsity=0.5")
+    wanda.apply(job)
+    half = make_job(folder, tmp_path, texts=3)
+    for name in linears(half.model):
+        if ".layer.0." in name:
+            weight_of(half.model, name).copy_(weight_of(job.model, name))
+    for name in (n for n in linears(dense.model) if ".layer.1.attention.self." in n):
+        weight = weight_of(dense.model, name)
+        zeros = weight_of(job.model, name) == 0
+        masks = [
+            Pattern("row").keep_one(importance(weight, observe(each.model, [name], each.encodings())[name]), 0.5)
+            for each in (half, dense)
+        ]
+        assert torch.equal(~masks[0], zeros)
+        assert not torch.equal(~masks[1], zeros)
 
 
 @pytest.mark.parametrize("method", METHODS)
