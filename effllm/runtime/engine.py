@@ -29,13 +29,18 @@ ENGINES = {
     "torch": "effllm.runtime.torch:TorchEngine",
     "torch-bf16": "effllm.runtime.torch:TorchBf16Engine",
 }
-"""Engine name -> `module:class`; the class's `open(path, task_class, threads)` loads a model. Imported when used."""
+"""Engine name -> `module:class`; the class's `open` loads a model. Imported when used."""
 
 
-def open_engine(name: str, path: Path, *, auto_class: str, threads: int) -> Engine:
-    """Load a model with an engine: an ONNX file for the ONNX engines, a transformers folder for torch."""
+def open_engine(name: str, path: Path, *, auto_class: str, threads: int, spin: bool = True) -> Engine:
+    """Load a model with an engine: an ONNX file for the ONNX engines, a transformers folder for torch.
+
+    `spin=False` says that others need the cores while it waits; ONNX Runtime heeds it.
+    """
     if name not in ENGINES:
         raise unknown_name("engine", name, ENGINES)
     module, _, cls = ENGINES[name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), cls).open(path, auto_class=auto_class, threads=threads)
-    return engine
+    opened: Engine = getattr(importlib.import_module(module), cls).open(
+        path, auto_class=auto_class, threads=threads, spin=spin
+    )
+    return opened

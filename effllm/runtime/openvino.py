@@ -20,7 +20,7 @@ class OpenVinoEngine:
         self.inputs = tuple(i.get_any_name() for i in compiled.inputs)
 
     @classmethod
-    def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:
+    def open(cls, path: Path, *, auto_class: str, threads: int, spin: bool = True) -> Self:
         """Compile an ONNX file. Raises MissingExtra without OpenVINO, ArtifactError when the file does not load."""
         try:
             import openvino  # noqa: PLC0415 - an extra

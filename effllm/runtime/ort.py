@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -27,12 +27,13 @@ class OrtEngine:
         self._outputs = tuple(o.name for o in session.get_outputs())
 
     @classmethod
-    def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:
+    def open(cls, path: Path, *, auto_class: str, threads: int, spin: bool = True) -> Self:
         """Load an ONNX file. Raises ArtifactError naming the cause when it is missing, damaged or not ONNX."""
         if not path.is_file():
             raise ArtifactError(f"{path} is missing")
         try:
-            return cls(ort.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"]))
+            options = session_options(threads, spin=spin)
+            return cls(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
         except Exception as error:  # ONNX Runtime raises a dozen types without a public base class
             reason = str(error).strip().splitlines()[0]
             raise ArtifactError(f"{path} cannot be loaded{disguise_of_onnx(path)}: {reason}") from None
@@ -43,11 +44,16 @@ class OrtEngine:
         return dict(zip(self._outputs, results, strict=True))
 
 
-def session_options(threads: int, disabled_optimisers: Sequence[str] = ()) -> ort.SessionOptions:
-    """Return the session options that effllm uses everywhere: equal threads, no growth with the shapes seen."""
+def session_options(threads: int, *, spin: bool = True) -> ort.SessionOptions:
+    """Return the session options that effllm uses everywhere: equal threads, no growth with the shapes seen.
+
+    Threads that wait for work spin for a while, or with `spin=False` leave their core to others at once.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
     options.log_severity_level = 4
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

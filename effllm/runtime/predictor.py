@@ -66,12 +66,14 @@ class Predictor:
         file: str | None = None,
         threads: int | None = None,
         name: str | None = None,
+        spin: bool = True,
     ) -> Predictor:
         """Load a model folder or hub id.
 
         An effllm folder is checked against its manifest first. The engine defaults to ONNX Runtime where the folder
         holds an ONNX file, else torch; `file` chooses among several ONNX files. `threads` defaults to the cores that
-        this process may use. Raises ArtifactError, SettingError or Unsupported, never a half-loaded model.
+        this process may use; `spin` is `open_engine`'s. Raises ArtifactError, SettingError or Unsupported, never a
+        half-loaded model.
         """
         folder = open_folder(model, weights=False)
         variant = Variant.open(folder.path) if is_variant(folder.path) else None
@@ -87,6 +89,7 @@ class Predictor:
             onnx_file or folder.path,
             auto_class=chosen.auto_class,
             threads=threads or machine.usable_cores(),
+            spin=spin,
         )
         return cls(
             name or folder.path.name,

@@ -26,7 +26,7 @@ class TorchEngine:
         self.inputs = tuple(n for n in INPUTS if n in names)
 
     @classmethod
-    def open(cls, path: Path, *, auto_class: str, threads: int) -> Self:
+    def open(cls, path: Path, *, auto_class: str, threads: int, spin: bool = True) -> Self:
         """Load a transformers folder with the given `AutoModel…` class."""
         torch.set_num_threads(threads)
         transformers.utils.logging.disable_progress_bar()

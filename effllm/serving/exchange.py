@@ -31,6 +31,7 @@ Headers = list[tuple[bytes, bytes]]
 RELEASE = importlib.metadata.version("effllm")
 JSON = b"application/json"
 MAX_JSON_ERROR = 200
+FULL = 429
 
 
 @dataclass(slots=True)
@@ -96,6 +97,8 @@ class Operation:
         """Read and check the body, and answer. The call ends with `ClientGone` when the client closes meanwhile."""
         if self.method != "POST":
             return await self.answer(shared, call, None)
+        if FULL in self.errors:
+            refuse_if_full(shared.models, call.parameters.get("name"))
         if self.body is not None:
             check_content_type(call.headers, optional=self.untyped_body)
         content = await read_body(call.headers, receive, shared.settings)
@@ -105,6 +108,18 @@ class Operation:
             return await self.answer(shared, call, value)
         finally:
             watcher.cancel()
+
+
+def refuse_if_full(models: Models, name: str | None) -> None:
+    """Raise QueueFull where no model that a request may be for has room, before its body is read.
+
+    The body may name a model too; then the request is refused at once only when all models are full.
+    """
+    named = models.models.get(name or "")
+    asked = [named] if named else list(models.models.values())
+    refusals = [refusal for model in asked if (refusal := model.full)]
+    if asked and len(refusals) == len(asked):
+        raise refusals[0]
 
 
 async def _watch(receive: Receive, call: Call, task: asyncio.Task[Any] | None) -> None:

@@ -52,7 +52,7 @@ class _Request:
 
 @dataclass
 class Counts:
-    """What an instance counts over its life."""
+    """What an instance counts over its life; `busy_s` is the time in which its worker had something to do."""
 
     restarts: int = 0
     batches: int = 0
@@ -78,7 +78,9 @@ class Instance:
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
         self._waiting_inputs = 0
+        self._waiting_tokens = 0
         self._running: dict[int, list[tuple[int, int]]] = {}
+        self._busy_from = 0.0
         self._suspects: deque[tuple[int, int]] = deque()
         self._deaths = 0
         self._closed = False
@@ -101,6 +103,15 @@ class Instance:
     def queued(self) -> int:
         """The inputs that were accepted and are not done."""
         return self._waiting_inputs
+
+    def full(self, count: int = 1) -> QueueFull | None:
+        """Return the refusal of so many more inputs, None where they have room."""
+        limit = self._settings.max_queue
+        if self._waiting_inputs + count <= limit:
+            return None
+        rate = self.counts.tokens / self.counts.busy_s if self.counts.busy_s else 0.0
+        message = f"{self._waiting_inputs} inputs wait for {self.info.name}, at most {limit} may"
+        return QueueFull(message, self._waiting_tokens / rate if rate else 1.0)
 
     @property
     def worker_pid(self) -> int:
@@ -134,7 +145,8 @@ class Instance:
         self._closed = True
         worker, self._worker = self._worker, None
         if worker:
-            await asyncio.to_thread(worker.close)
+            worker.stop()
+            await asyncio.to_thread(worker.kill)
         self._thread.shutdown(wait=False, cancel_futures=True)
         for number in list(self._requests):
             self._fail(number, NotReady("the server is shutting down"))
@@ -143,13 +155,9 @@ class Instance:
         """Take places in the queue. Raises QueueFull or NotReady at once."""
         if self._closed or (not self.ready and self._deaths > PATIENCE):
             raise NotReady(f"the worker of {self.info.name} is not running")
-        if self._waiting_inputs + count > self._settings.max_queue:
-            rate = self.counts.tokens / self.counts.busy_s if self.counts.busy_s else 0.0
-            waiting = sum(len(p.encoding) for r in self._requests.values() for p in r.pieces)
-            raise QueueFull(
-                f"{self._waiting_inputs} inputs wait for {self.info.name}, at most {self._settings.max_queue} may",
-                waiting / rate if rate else 1.0,
-            )
+        refusal = self.full(count)
+        if refusal:
+            raise refusal
         self._waiting_inputs += count
 
     async def _answer(self, examples: Sequence[Example], task: str, *, truncate: bool) -> Answers:
@@ -212,11 +220,14 @@ class Instance:
         if not pieces:
             return request
         self._requests[number] = request
-        self._scheduler.add(number, [len(piece.encoding) for piece in pieces])
+        lengths = [len(piece.encoding) for piece in pieces]
+        self._waiting_tokens += sum(lengths)
+        self._scheduler.add(number, lengths)
         self._pump()
         try:
             await request.done
         finally:
+            self._waiting_tokens -= sum(lengths)
             if request.missing:
                 self._scheduler.remove(number)
             self._requests.pop(number, None)
@@ -240,6 +251,7 @@ class Instance:
     def _submit(self, places: list[tuple[int, int]]) -> None:
         assert self._worker is not None  # noqa: S101 - narrows the type
         batch = next(self._ids)
+        self._busy_from = self._busy_from if self._running else time.monotonic()
         self._running[batch] = places
         self._worker.submit(batch, [self._requests[number].pieces[index] for number, index in places])
 
@@ -265,23 +277,17 @@ class Instance:
                 if not request.done.done():
                     request.done.set_result(None)
         self.counts.batches += 1
-        self.counts.busy_s += ran.ended_s - ran.started_s
+        self.counts.busy_s += time.monotonic() - self._busy_from
+        self._busy_from = time.monotonic()
         self._pump()
 
     def _use(self, worker: Worker) -> None:
         if self._closed:
-            worker.close()
+            worker.stop()
+            worker.kill()
             return
-        loop = asyncio.get_running_loop()
         self._worker = worker
-
-        def call(target: Callable[..., None], *arguments: Any) -> None:
-            try:
-                loop.call_soon_threadsafe(target, *arguments)
-            except RuntimeError:  # the loop has ended, and nobody waits
-                return
-
-        worker.listen(lambda ran: call(self._ran, worker, ran), lambda: call(self._ended, worker))
+        worker.listen(lambda ran: self._ran(worker, ran), lambda: self._ended(worker))
         self._pump()
 
     def _ended(self, worker: Worker) -> None:
@@ -325,7 +331,8 @@ def _start(settings: WorkerSettings) -> tuple[Worker, Hello]:
     try:
         return worker, worker.hello()
     except BaseException:
-        worker.close()
+        worker.stop()
+        worker.kill()
         raise
 
 

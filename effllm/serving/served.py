@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from effllm.serving.refusals import QueueFull
 from effllm.tasks import Example
 
 EMBEDDING = ("feature-extraction", "sentence-similarity")
@@ -81,6 +82,10 @@ class ServedModel(Protocol):
     @property
     def queued(self) -> int:
         """The inputs that wait."""
+
+    @property
+    def full(self) -> QueueFull | None:
+        """The refusal of one more input, None where it has room."""
 
     async def answer(
         self, examples: Sequence[Example], *, task: str = "", truncate: bool = True, deadline_s: float | None = None

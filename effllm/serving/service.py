@@ -12,7 +12,7 @@ from typing import Self, get_args, get_type_hints
 from effllm import machine
 from effllm.errors import SettingError
 from effllm.serving.instance import KINDS, Instance
-from effllm.serving.refusals import NotReady, TooMany, UnknownModel, WrongTask
+from effllm.serving.refusals import NotReady, QueueFull, TooMany, UnknownModel, WrongTask
 from effllm.serving.served import Answers, ModelInfo, ServedModel, TokenPiece
 from effllm.serving.settings import ServeSettings
 from effllm.serving.worker import WorkerSettings
@@ -46,6 +46,11 @@ class Model:
     def queued(self) -> int:
         """The inputs that were accepted and are not done."""
         return self.instance.queued
+
+    @property
+    def full(self) -> QueueFull | None:
+        """The refusal of one more input, None where it has room."""
+        return self.instance.full()
 
     @property
     def restarts(self) -> int:

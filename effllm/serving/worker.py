@@ -1,4 +1,4 @@
-"""The process that holds a model: it runs the batches that come through a pipe and sends home what they answer.
+"""The process that holds a model: it runs the batches that come to it and sends home what they answer.
 
 A model in a process of its own can be killed, or kill itself, without taking the server along. Messages are plain
 values; nothing in them comes from a request except texts and token ids.
@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from effllm.errors import ArtifactError, EffllmError
+from effllm.runtime.engine import open_engine
 from effllm.runtime.predictor import Predictor
 from effllm.runtime.tokenizer import Encoding
+from effllm.serving.channel import BlockingEnd, LoopEnd
 from effllm.serving.served import POOLED, TOKEN_STATES, ModelInfo
 from effllm.tasks import TASKS, Example, Head
 from effllm.tasks.feature_extraction import pool
@@ -73,16 +74,15 @@ class PieceFailed:
 
 
 class Worker:
-    """A worker process as its parent sees it. `on_ran` and `on_end` are called from a thread of this object."""
+    """A worker process as its parent sees it."""
 
     def __init__(self, settings: WorkerSettings) -> None:
+        self._socket, theirs = socket.socketpair()
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, settings), daemon=True, name=settings.name)
         self._process.start()
         theirs.close()
-        self._out: queue.SimpleQueue[tuple[int, list[Piece]] | None] = queue.SimpleQueue()
-        self._listening = False
+        self._end: LoopEnd | None = None
 
     @property
     def pid(self) -> int:
@@ -92,7 +92,7 @@ class Worker:
     def hello(self) -> Hello:
         """Wait until the model is loaded. Raises what kept it from loading, ArtifactError when the process died."""
         try:
-            answer = self._pipe.recv()
+            answer = BlockingEnd(self._socket).receive()
         except (EOFError, OSError):
             self._process.join(5)
             raise ArtifactError(f"the process that loads the model ended with {self._process.exitcode}") from None
@@ -103,57 +103,43 @@ class Worker:
         return hello
 
     def listen(self, on_ran: Callable[[Ran], None], on_end: Callable[[], None]) -> None:
-        """Start the threads that send batches and hand over what they became; `on_end` follows the last of it."""
-        self._listening = True
-        threading.Thread(target=self._send, daemon=True).start()
-        threading.Thread(target=self._receive, args=(on_ran, on_end), daemon=True).start()
+        """Belong to the running event loop from now on, which calls `on_ran`, and `on_end` when the process ended."""
+        self._end = LoopEnd(self._socket, on_ran, on_end)
 
     def submit(self, number: int, batch: list[Piece]) -> None:
-        """Send a batch; returns at once. Its `Ran` carries the number."""
-        self._out.put((number, batch))
+        """Send a batch; returns at once. Its `Ran` carries the number. Call `listen` first."""
+        assert self._end is not None  # noqa: S101 - narrows the type
+        self._end.send((number, batch))
 
-    def close(self) -> None:
-        """End the process; what was submitted before is lost."""
-        self._out.put(None)
+    def stop(self) -> None:
+        """Hear nothing more of the process; what was submitted before is lost. Belongs to the loop that listens."""
+        if self._end:
+            self._end.close()
+        else:
+            self._socket.close()
+
+    def kill(self) -> None:
+        """End the process and wait for its end; any thread may."""
         self._process.kill()
         self._process.join(5)
-        if not self._listening:
-            self._pipe.close()  # else the thread that reads it does, as the number could be another file's at once
-
-    def _send(self) -> None:
-        while (batch := self._out.get()) is not None:
-            try:
-                self._pipe.send(batch)
-            except (OSError, ValueError):
-                return  # the process is gone, which the receiver tells
-
-    def _receive(self, on_ran: Callable[[Ran], None], on_end: Callable[[], None]) -> None:
-        while True:
-            try:
-                ran = self._pipe.recv()
-            except (EOFError, OSError):
-                self._pipe.close()
-                on_end()
-                return
-            on_ran(ran)
 
 
-def _work(pipe: Connection, settings: WorkerSettings) -> None:
-    """Load the model, then run batches until the pipe closes."""
+def _work(theirs: socket.socket, settings: WorkerSettings) -> None:
+    """Load the model, then run batches until the server closes its end."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # the server decides when to end, after it has drained
+    end = BlockingEnd(theirs)
     try:
-        wide = _open(settings, settings.threads)
-        narrow = _open(settings, 1) if settings.threads > 1 else wide
-        pipe.send(Hello(_info(wide, settings), wide.head))
+        wide = _open(settings)
+        narrow = _narrowed(wide, settings) if settings.threads > 1 else wide
+        end.send(Hello(_info(wide, settings), wide.head))
     except EffllmError as error:
-        pipe.send(error)
+        end.send(error)
         return
-    batches: queue.SimpleQueue[tuple[int, list[Piece]] | None] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(pipe, batches), daemon=True).start()
-    lanes = _Lanes(pipe, batches, wide, narrow)
-    for _ in range(settings.threads - 1):
-        threading.Thread(target=lanes.run, daemon=True).start()
+    lanes = _Lanes(end, wide, narrow)
+    threads = [threading.Thread(target=lanes.run, daemon=True) for _ in range(settings.threads - 1)]
+    for thread in threads:
+        thread.start()
     lanes.run()
 
 
@@ -165,44 +151,45 @@ class _Lanes:
     of 8 to 128 tokens two cores answer 130 a second instead of 95. Alone a text takes 10.5 ms on two cores, 13 on one.
     """
 
-    pipe: Connection
-    batches: queue.SimpleQueue[tuple[int, list[Piece]] | None]
+    end: BlockingEnd
     wide: Predictor
     narrow: Predictor
     busy: int = 0
+    reading: threading.Lock = field(default_factory=threading.Lock)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
-        """Run batches until the pipe closes."""
-        while (item := self.batches.get()) is not None:
-            number, batch = item
-            with self.lock:
-                alone = self.busy == 0 and self.batches.empty()
-                self.busy += 1
-            started = time.monotonic()
-            values = _run_all(self.wide if alone else self.narrow, batch)
-            with self.lock:
-                self.busy -= 1
-                try:
-                    self.pipe.send(Ran(number, values, started, time.monotonic()))
-                except OSError:
-                    break
-        self.batches.put(None)  # for the next lane
-
-
-def _read(pipe: Connection, batches: queue.SimpleQueue[tuple[int, list[Piece]] | None]) -> None:
-    """Empty the pipe at once, so that the server never waits for room in it."""
-    try:
+        """Run batches until the server closes its end. The lane that is free next waits for the next batch."""
         while True:
-            batches.put(pipe.recv())
-    except (EOFError, OSError):
-        batches.put(None)
+            try:
+                with self.reading:
+                    number, batch = self.end.receive()
+                    with self.lock:
+                        alone = self.busy == 0 and not self.end.waiting()
+                        self.busy += 1
+                started = time.monotonic()
+                values = _run_all(self.wide if alone else self.narrow, batch)
+                with self.lock:
+                    self.busy -= 1
+                    self.end.send(Ran(number, values, started, time.monotonic()))
+            except (EOFError, OSError):
+                return
 
 
-def _open(settings: WorkerSettings, threads: int) -> Predictor:
+def _open(settings: WorkerSettings) -> Predictor:
     if not is_variant(settings.folder):
         raise ArtifactError(f"{settings.folder} is not a folder that effllm wrote; run `effllm export` first")
-    return Predictor.open(settings.folder, engine=settings.engine, threads=threads, name=settings.name)
+    return Predictor.open(
+        settings.folder, engine=settings.engine, threads=settings.threads, name=settings.name, spin=False
+    )
+
+
+def _narrowed(wide: Predictor, settings: WorkerSettings) -> Predictor:
+    """Return the same model on one thread."""
+    file = settings.folder / str(read_manifest(settings.folder)["model_file"])
+    engine = open_engine(settings.engine, file, auto_class=wide.task.auto_class, threads=1, spin=False)
+    dependent = wide.batch_dependent
+    return Predictor(wide.name, wide.folder, wide.task, wide.tokenizer, engine, batch_dependent=dependent)
 
 
 def _info(predictor: Predictor, settings: WorkerSettings) -> ModelInfo:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effllm.serving.refusals import UnknownModel, WrongTask
+from effllm.serving.refusals import QueueFull, UnknownModel, WrongTask
 from effllm.serving.served import POOLED, TOKEN_STATES, Answers, ModelInfo, Result, TokenPiece
 from effllm.tasks import Example
 from effllm.tasks.feature_extraction import pool, unit
@@ -35,6 +35,7 @@ class FakeModel:
         self.info = ModelInfo(name, task, labels, LIMIT, False, 1000, SIZE, "mean", "onnxruntime", {})
         self.ready = True
         self.queued = 0
+        self.full: QueueFull | None = None
         self.delay = 0.0
         self.refusal: Exception | None = None
         self.asked: list[tuple[list[Example], str, bool, float | None]] = []

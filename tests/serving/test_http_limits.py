@@ -207,6 +207,21 @@ def test_a_body_too_large_is_refused_before_it_is_read(client: Client) -> None:
     assert streamed(client.app, "/embed", 100, 1000, 10) == (413, 3)  # the length is a lie
 
 
+def test_a_full_queue_refuses_before_the_body_is_read(models: FakeModels, client: Client) -> None:
+    models.models["minilm"].full = refusals.QueueFull("256 inputs wait", 2.3)
+    assert streamed(client.app, "/models/minilm/embed", 100, 10, None) == (429, 0)
+    status, taken = streamed(client.app, "/embed", 100, 10, None)  # the body may name a model that has room
+    assert taken > 0
+    assert status != 429
+    for model in models.models.values():
+        model.full = refusals.QueueFull("256 inputs wait", 2.3)
+    assert streamed(client.app, "/embed", 100, 10, None) == (429, 0)
+    assert client.get("/info").status_code == 200
+    answer = client.post("/v1/embeddings", GOOD["/v1/embeddings"])
+    assert answer.headers["retry-after"] == "3"
+    assert "256 inputs wait" in in_form("openai", answer)
+
+
 NASTY = st.one_of(
     st.text(min_size=1, max_size=60),
     st.lists(

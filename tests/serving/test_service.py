@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,18 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(folders: dict[s
         assert len((await later).results) == 1
 
     run(classifier(folders), test, ServeSettings(threads=1, max_inputs=4, max_queue=8))
+
+
+def test_batches_side_by_side_are_busy_for_their_common_time(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        began = time.monotonic()
+        await asyncio.gather(*(model.answer([Example(TEXTS[0] * 20)] * 8) for _ in range(12)))
+        counts = model.instance.counts
+        assert counts.batches > 2
+        assert 0 < counts.busy_s < time.monotonic() - began
+
+    run(classifier(folders), test, ServeSettings(threads=2, max_inputs=8, max_tokens=256))
 
 
 def test_what_is_not_done_in_time_is_refused_and_leaves_the_queue(folders: dict[str, Path]) -> None:
