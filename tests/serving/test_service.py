@@ -33,6 +33,7 @@ from effllm.serving.refusals import (
 from effllm.serving.served import POOLED, TOKEN_STATES
 from effllm.serving.service import Service
 from effllm.serving.settings import ServeSettings
+from effllm.serving.worker import PieceFailed, Ran
 from effllm.tasks import Example
 
 TEXTS = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(20)]
@@ -175,14 +176,22 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(folders: dict[s
 
 def test_batches_side_by_side_are_busy_for_their_common_time(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
-        model = service.find(None)
-        began = time.monotonic()
-        await asyncio.gather(*(model.answer([Example(TEXTS[0] * 20)] * 8) for _ in range(12)))
-        counts = model.instance.counts
-        assert counts.batches > 2
-        assert 0 < counts.busy_s < time.monotonic() - began
+        instance = service.find(None).instance
+        os.kill(instance.worker_pid, signal.SIGSTOP)
+        waiting = [asyncio.create_task(instance.answer([Example("a")])) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        now, running = time.monotonic(), list(instance._running.items())
+        assert len(running) > 1
+        assert instance._worker is not None
+        for number, places in running:
+            values = [PieceFailed("") for _ in places]
+            instance._ran(instance._worker, Ran(number, values, now - 100, now))
+        assert 0 < instance.counts.busy_s < 100
+        for task in waiting:
+            task.cancel()
+        os.kill(instance.worker_pid, signal.SIGKILL)
 
-    run(classifier(folders), test, ServeSettings(threads=2, max_inputs=8, max_tokens=256))
+    run(classifier(folders), test, ServeSettings(threads=2))
 
 
 def test_what_is_not_done_in_time_is_refused_and_leaves_the_queue(folders: dict[str, Path]) -> None:
