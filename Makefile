@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PROCESSES ?= 2
 SETUP := $(VENV)/.ready
 
 .PHONY: demo test check slow bench interop readme clean
@@ -9,8 +10,8 @@ SETUP := $(VENV)/.ready
 demo: $(SETUP)  ## compress a real model to int8 and show the proof
 	$(BIN)/python examples/demo.py
 
-test: $(SETUP)  ## the quick tests, a quarter of an hour on 2 cores
-	$(BIN)/python -m pytest -q
+test: $(SETUP)  ## the quick tests, about ten minutes on 2 cores
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile
 
 slow: $(SETUP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow

@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # test processes side by side share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidia0").exists():  # before anything imports triton, which reads it then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

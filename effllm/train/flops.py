@@ -50,10 +50,11 @@ class FlopCount:
         return tokens * (6 * self.layer_weights + attention) + 6 * self.head_weights * masked
 
 
-def peak_flops(device: torch.device) -> tuple[float, str]:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return the FLOP/s to compare with, and where the number comes from.
 
-    A known GPU's data sheet, for bf16; elsewhere the rate of a float32 product of 1024 × 1024 timed now, the best of 5.
+    A known GPU's data sheet, for bf16; elsewhere the rate of a product of 1024 × 1024 in `dtype`, in which the run's
+    products are computed, timed now, the best of 5.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -61,10 +62,11 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
             if known in name:
                 return flops, f"{known} data sheet, bf16"
     size = 1024
-    a = torch.ones(size, size, device=device)
+    a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best, "float32 matrix product of 1024 x 1024 measured at the start"
+    name = str(dtype).removeprefix("torch.")
+    return 2 * size**3 / best, f"{name} matrix product of 1024 x 1024 measured at the start"

@@ -120,7 +120,9 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
     if checkpoint:
         checkpoints.restore(loop, *checkpoint)
         keeper.progress = checkpoint[1]
-    runlog = RunLog(run.folder, run.module, resumed_at=loop.step) if accelerator.is_main_process else None
+    runlog = None
+    if accelerator.is_main_process:
+        runlog = RunLog(run.folder, run.module, resumed_at=loop.step, precision=s.precision)
     try:
         for record in loop.run():
             if runlog and (record.step % s.log_every == 0 or record.progress >= 1):

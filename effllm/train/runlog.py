@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from effllm import machine
 from effllm.errors import ArtifactError
 from effllm.report.training import RENEW_S, run_page
@@ -28,10 +30,11 @@ PAGE = "report.html"
 class RunLog:
     """Writes a run's log. On a resumed run the lines after the checkpoint's step are dropped: they will come again."""
 
-    def __init__(self, run: Path, module: Any, *, resumed_at: int) -> None:
+    def __init__(self, run: Path, module: Any, *, resumed_at: int, precision: str) -> None:
         self._file = run / LOG
         self._cost = flops.FlopCount.of(module.model)
-        self._peak, source = flops.peak_flops(next(module.parameters()).device)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._peak, source = flops.peak_flops(next(module.parameters()).device, dtype)
         self._board = _tensorboard(run, resumed_at)
         try:
             _drop_after(self._file, resumed_at)

@@ -15,7 +15,7 @@ from effllm.errors import ArtifactError
 from effllm.report.training import run_page
 from effllm.train.flops import FlopCount
 from effllm.train.pretrain import pretrain
-from effllm.train.runlog import read_log
+from effllm.train.runlog import RunLog, read_log
 
 
 def line(step: int) -> dict:
@@ -95,3 +95,11 @@ def test_tensorboard_shows_the_log_of_a_resumed_run_without_steps_taken_twice(to
         wanted = [(entry["step"], entry["evaluation"][index]["value"]) for entry in lines if "evaluation" in entry]
         found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(f"dev/{metric}")]
         assert wanted == found
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_utilisation_is_that_of_the_precision_of_the_run(tmp_path: Path, precision: str, dtype: str) -> None:
+    module = torch.nn.Module()
+    module.model = transformers.BertModel(transformers.BertConfig(vocab_size=10, hidden_size=12, num_hidden_layers=1))
+    RunLog(tmp_path, module, resumed_at=0, precision=precision).close()
+    assert read_log(tmp_path)[0]["start"]["peak"].startswith(f"{dtype} matrix product")
