@@ -40,7 +40,10 @@ class Case:
 
 
 CASES = {
-    "sst2": Case("text-classification", FinetuneSettings(epochs=2, learning_rate=1e-4, eval_every=421)),
+    "sst2": Case(
+        "text-classification",
+        FinetuneSettings(epochs=2, precision="bf16", eval_every=421, save_every=421, average=5),
+    ),
     "banking77": Case("text-classification", FinetuneSettings(epochs=4, learning_rate=2e-4)),
     "stsb-en": Case("sentence-similarity", FinetuneSettings(epochs=3, learning_rate=3e-5)),
     "wnut17": Case("token-classification", FinetuneSettings(epochs=5, learning_rate=2e-4)),
@@ -90,7 +93,7 @@ def rows_of(name: str, case: Case, data: Path, variants: list[Variant]) -> Itera
             for row in evaluate(predictor, examples, "test")[0]:
                 found.setdefault(("test", row.metric), []).append(row.value)
     settings = variants[0].manifest["steps"][-1]["settings"]
-    how = {key: settings[key] for key in ("epochs", "batch_size", "learning_rate")}
+    how = {key: settings.get(key) for key in ("epochs", "batch_size", "learning_rate", "precision", "average")}
     how |= {"examples": variants[0].manifest["train"]["examples"], "bounds": "lowest and highest"}
     for (split, metric), values in found.items():
         yield Row(

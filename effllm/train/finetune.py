@@ -24,6 +24,7 @@ from effllm.runtime.tokenizer import TextTokenizer
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import TASKS, Example, Head, Task
+from effllm.train.averaging import add_average
 from effllm.train.heads import check_task, load_for_task
 from effllm.train.loop import StepRecord
 from effllm.train.publish import RESULT, publish, write_result
@@ -84,6 +85,8 @@ def finetune(
     check_target(target, force=force)
     if seeds < 1:
         raise SettingError(f"--seeds must be at least 1, got {seeds}")
+    if settings.average and dev is None:
+        raise SettingError("--average needs --dev: the mean is kept only where it is better")
     goal = _supervision(model, task, train, dev, columns or {})
     work = target.absolute().parent / f".{target.name}.run"
     return _runs(goal, target, work, settings, seeds, teacher, resume=resume, force=force)
@@ -167,30 +170,33 @@ def _run(
     model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
     taught = _teacher(teacher, goal, accelerator) if teacher else None
     module = SupervisedModel(model, goal.task, goal.head, settings, taught)
-    return train(
-        Run(
-            folder=folder,
-            module=module,
-            source=SupervisedSource(items, settings, tokenizer.pad_id, module.terms),
-            settings=settings,
-            evaluate=DevMetric(goal, tokenizer),
-            eval_every=settings.eval_every,
-            companions=companion_files(goal.folder.path),
-            manifest={"task": goal.task.name, "parent": {"name": goal.folder.path.name}, "steps": []},
-            patience=settings.patience,
-        ),
-        accelerator,
-        checkpoint,
+    run = Run(
+        folder=folder,
+        module=module,
+        source=SupervisedSource(items, settings, tokenizer.pad_id, module.terms),
+        settings=settings,
+        evaluate=DevMetric(goal, tokenizer),
+        eval_every=settings.eval_every,
+        companions=companion_files(goal.folder.path),
+        manifest={"task": goal.task.name, "parent": {"name": goal.folder.path.name}, "steps": []},
+        patience=settings.patience,
     )
+    yield from train(run, accelerator, checkpoint)
+    if settings.average and accelerator.is_main_process:
+        add_average(run, settings.average, accelerator.device)
 
 
 def _with_steps(settings: FinetuneSettings, items: int) -> FinetuneSettings:
-    """Return the settings with epochs made into steps, and an evaluation an epoch where nothing else is said."""
+    """Return the settings with epochs made into steps.
+
+    Where nothing else is said there is an evaluation an epoch; as many checkpoints are kept as are averaged.
+    """
     epoch = max(1, round(items / settings.batch_size))
     steps = settings.steps
     if not steps and not settings.seconds:
         steps = max(1, round(settings.epochs * items / settings.batch_size))
-    return dataclasses.replace(settings, steps=steps, eval_every=settings.eval_every or epoch)
+    keep = max(settings.keep, settings.average)
+    return dataclasses.replace(settings, steps=steps, eval_every=settings.eval_every or epoch, keep=keep)
 
 
 def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer:

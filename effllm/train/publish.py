@@ -11,6 +11,8 @@ from typing import Any
 
 from effllm import machine
 from effllm.rows import Row
+from effllm.train.averaging import AVERAGE
+from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.runlog import LOG
 from effllm.variant import MANIFEST, Variant, create, write_manifest
 
@@ -19,9 +21,16 @@ RESULT = "result.json"
 
 def write_result(run: Path) -> None:
     """Note in a finished run's folder which checkpoint to keep and what was measured on it."""
-    chosen = (run / ("best" if (run / "best").exists() else "last")).resolve()
+    average = run / CHECKPOINTS / AVERAGE
+    chosen = average if average.exists() else (run / ("best" if (run / "best").exists() else "last")).resolve()
     manifest = Variant.open(chosen).manifest
-    result = {"checkpoint": chosen.name, "rows": manifest["rows"], "score": manifest["progress"]["score"]}
+    progress = manifest["progress"]
+    result = {
+        "checkpoint": chosen.name,
+        "rows": manifest["rows"],
+        "score": progress["score"],
+        "averaged": progress.get("averaged", []),
+    }
     (run / RESULT).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
@@ -34,15 +43,17 @@ def publish(target: Path, work: Path, content: Mapping[str, Any], *, force: bool
     results = [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in runs]
     run, result = max(results, key=lambda pair: pair[1]["score"] if pair[1]["score"] is not None else 0.0)
     with create(target, force=force) as staging:
-        _copy_model(run / "checkpoints" / result["checkpoint"], staging)
+        _copy_model(run / CHECKPOINTS / result["checkpoint"], staging)
         (staging / "training").mkdir()
         shutil.copyfile(run / LOG, staging / "training" / LOG)
         rows = [Row.from_json(row) for row in result["rows"]]
         if len(results) > 1:
             rows += _spread([[Row.from_json(row) for row in other["rows"]] for _, other in results])
-        note = f"the best of {len(results)} runs by the dev metric: {run.name}" if len(results) > 1 else ""
+        notes = [f"the best of {len(results)} runs by the dev metric: {run.name}"] if len(results) > 1 else []
+        if result["averaged"]:
+            notes.append(f"the mean of the weights of {', '.join(result['averaged'])}, better than each on dev")
         rows_json = [row.to_json() for row in rows]
-        write_manifest(staging, {**content, "rows": rows_json, "notes": [note] if note else []})
+        write_manifest(staging, {**content, "rows": rows_json, "notes": notes})
     shutil.rmtree(work)
 
 

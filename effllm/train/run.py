@@ -155,6 +155,14 @@ def _out_of_memory(settings: LoopSettings, error: BaseException) -> str:
     )
 
 
+def write_model(run: Run, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write config, weights and tokenizer, so that `from_pretrained` loads the folder."""
+    run.module.model.save_pretrained(folder, state_dict=weights)
+    for name, file in run.companions.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name)
+
+
 @dataclass
 class _Keeper:
     """Evaluates and saves when it is time to, and knows the best."""
@@ -210,11 +218,6 @@ class _Keeper:
         rows = evaluation.rows if evaluation else []
         manifest = {**self.run.manifest, "rows": [row.to_json() for row in rows], "notes": []}
         weights = whole_weights(self.run.module.model)
-        checkpoints.save(self.run.folder, self.loop, self.progress, lambda at: self._write_model(at, weights), manifest)
-
-    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Write config, weights and tokenizer, so that `from_pretrained` loads the folder."""
-        self.run.module.model.save_pretrained(folder, state_dict=weights)
-        for name, file in self.run.companions.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / name)
+        checkpoints.save(
+            self.run.folder, self.loop, self.progress, lambda at: write_model(self.run, at, weights), manifest
+        )

@@ -9,9 +9,12 @@ from effllm.errors import SettingError
 from effllm.settings import to_json
 from effllm.train.schedules import check_schedule
 
-FREE = frozenset({"accumulate", "pass_tokens", "log_every", "save_every", "keep", "workers", "eval_limit"})
+FREE = frozenset({"accumulate", "pass_tokens", "log_every", "save_every", "keep", "workers", "eval_limit", "average"})
 """Settings that do not decide a run's numbers, `accumulate` and `pass_tokens` up to rounding; a resumed run may change
 them."""
+
+
+TEACHING = ("distil_logits", "distil_hidden", "distil_attention", "label_weight")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,10 @@ class FinetuneSettings(LoopSettings):
     )
     dropout: float = field(default=-1.0, metadata={"help": "dropout of the whole model; -1 = as in its config"})
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on --dev; 0 = once an epoch"})
+    average: int = field(
+        default=0,
+        metadata={"help": "also try the mean of that many last checkpoints, and keep it if it is best on --dev"},
+    )
     patience: int = field(default=0, metadata={"help": "evaluations without a better score before it stops; 0 = never"})
     distil_logits: float = field(default=1.0, metadata={"help": "with --teacher: weight of matching its logits"})
     distil_hidden: float = field(default=0.0, metadata={"help": "with --teacher: weight of matching its hidden states"})
@@ -130,6 +137,6 @@ class FinetuneSettings(LoopSettings):
             raise SettingError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.temperature > 0:
             raise SettingError(f"--temperature must be positive, got {self.temperature}")
-        for name in ("distil_logits", "distil_hidden", "distil_attention", "label_weight", "patience", "eval_every"):
+        for name in (*TEACHING, "patience", "eval_every", "average"):
             if getattr(self, name) < 0:
                 raise SettingError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")

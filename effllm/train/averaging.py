@@ -1,0 +1,56 @@
+"""The mean of a run's last checkpoints as one more candidate for its result.
+
+Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization": near the end of a run the
+weights of different steps lie around the middle of one basin, which is often better than any of them. It costs no
+training, only one more evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from effllm.train.checkpoint import CHECKPOINTS
+from effllm.train.run import Run, write_model
+from effllm.variant import Variant, create, write_manifest
+
+AVERAGE = "average"
+"""The folder of the mean beside those of the steps."""
+WEIGHTS = "model.safetensors"
+
+
+def add_average(run: Run, count: int, device: torch.device) -> Path | None:
+    """Evaluate the mean of the last `count` checkpoints of a run that has ended; write it where it is the best.
+
+    Returns its folder, None where it is not better or there are no two checkpoints. Changes the weights of `run`.
+    """
+    folders = sorted((run.folder / CHECKPOINTS).glob("step-*"))[-count:]
+    if len(folders) < 2:
+        return None
+    best = Variant.open((run.folder / "best").resolve()).manifest["progress"]["score"]
+    weights = mean_weights(folders)
+    run.module.model.load_state_dict(weights, strict=False)
+    run.module.eval()
+    found = run.evaluate(run.module, device)
+    if found is None or found.score <= best:
+        return None
+    target = run.folder / CHECKPOINTS / AVERAGE
+    progress = {"score": found.score, "averaged": [folder.name for folder in folders]}
+    with create(target, force=True) as staging:
+        write_model(run, staging, weights)
+        rows = [row.to_json() for row in found.rows]
+        write_manifest(staging, {**run.manifest, "rows": rows, "notes": [], "progress": progress})
+    return target
+
+
+def mean_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Return the mean of the weights of model folders, name by name, in the dtypes of the first; summed in float64."""
+    first = load_file(folders[0] / WEIGHTS)
+    sums = {name: tensor.double() for name, tensor in first.items()}
+    for folder in folders[1:]:
+        for name, tensor in load_file(folder / WEIGHTS).items():
+            sums[name] += tensor
+    return {name: (total / len(folders)).to(first[name].dtype) for name, total in sums.items()}

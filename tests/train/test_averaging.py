@@ -1,0 +1,88 @@
+"""The mean of the last checkpoints as a candidate for a fine-tuning's result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from safetensors.numpy import load_file, save_file
+from test_finetune import classified, write_jsonl
+
+import effllm
+from effllm.errors import SettingError
+from effllm.rows import Row
+from effllm.train import averaging, finetune
+from effllm.train.run import Evaluation
+from effllm.train.settings import FinetuneSettings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "bert", "bert", "feature-extraction")
+
+
+def tune(base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], **settings) -> list[dict]:
+    """Fine-tune with given dev scores, one per evaluation; returns each mean that was tried, with its folders."""
+    tried, given = [], iter(scores)
+
+    def mean(folders):
+        tried.append({"folders": [f.name for f in folders], "weights": (found := mean_weights(folders))})
+        return found
+
+    def score(self, model, device) -> Evaluation:
+        value = next(given)
+        return Evaluation(value, [Row("accuracy", value, "absolute", "model", 8)])
+
+    mean_weights = averaging.mean_weights
+    monkeypatch.setattr(averaging, "mean_weights", mean)
+    monkeypatch.setattr(finetune.DevMetric, "__call__", score)
+    file = write_jsonl(out.parent / "data.jsonl", classified())
+    made = FinetuneSettings(**{"steps": 8, "batch_size": 8, "save_every": 2, "eval_every": 2, "average": 3, **settings})
+    list(finetune.finetune(base, out, task="text-classification", train=file, dev=file, settings=made))
+    return tried
+
+
+def test_the_mean_of_the_last_checkpoints_is_published_where_it_is_best(base, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    (mean,) = tune(base, out, monkeypatch, [0.7, 0.6, 0.5, 0.6, 0.8])
+    assert mean["folders"] == ["step-00000004", "step-00000006", "step-00000008"]
+    published = load_file(out / "model.safetensors")
+    assert published.keys() == mean["weights"].keys()
+    assert all(np.array_equal(published[name], mean["weights"][name].numpy()) for name in published)
+    variant = effllm.Variant.open(out)
+    assert [row.value for row in variant.rows] == [0.8]
+    assert "the mean of the weights of step-00000004, step-00000006, step-00000008" in variant.manifest["notes"][0]
+
+
+def test_a_mean_that_is_no_better_leaves_the_best_checkpoint(base, tmp_path, monkeypatch) -> None:
+    (mean,) = tune(base, tmp_path / "out", monkeypatch, [0.5, 0.8, 0.6, 0.6, 0.8])
+    published = load_file(tmp_path / "out" / "model.safetensors")
+    assert not all(np.array_equal(published[name], mean["weights"][name].numpy()) for name in published)
+    variant = effllm.Variant.open(tmp_path / "out")
+    assert [row.value for row in variant.rows] == [0.8]
+    assert variant.manifest["notes"] == []
+
+
+def test_one_checkpoint_has_no_mean(base, tmp_path, monkeypatch) -> None:
+    assert tune(base, tmp_path / "out", monkeypatch, [0.5], steps=2) == []
+
+
+def test_weights_are_averaged_name_by_name_in_their_own_dtypes(tmp_path: Path) -> None:
+    for index, value in enumerate((1.0, 2.0, 6.0)):
+        (tmp_path / str(index)).mkdir()
+        arrays = {"a": np.full((2, 3), value, np.float32), "b": np.array([value, -value], np.float16)}
+        save_file(arrays, tmp_path / str(index) / "model.safetensors")
+    mean = averaging.mean_weights([tmp_path / str(index) for index in range(3)])
+    assert torch.equal(mean["a"], torch.full((2, 3), 3.0))
+    assert torch.equal(mean["b"], torch.tensor([3.0, -3.0], dtype=torch.float16))
+
+
+def test_without_dev_there_is_nothing_to_choose_by(base, tmp_path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    with pytest.raises(SettingError, match="--average needs --dev"):
+        finetune.finetune(
+            base, tmp_path / "out", task="text-classification", train=file, settings=FinetuneSettings(average=2)
+        )
