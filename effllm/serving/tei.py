@@ -240,7 +240,7 @@ async def info(shared: Shared, call: Call, body: None) -> Reply:
     value = {
         "model_id": own.name,
         "model_sha": None,
-        "model_dtype": str(own.manifest.get("dtype", "float32")),
+        "model_dtype": _weights(own),
         "model_type": _model_type(own),
         "max_concurrent_requests": settings.max_queue,
         "max_input_length": own.max_length,
@@ -270,6 +270,12 @@ def model_value(model: ServedModel) -> dict[str, Any]:
         "ready": model.ready,
         "queued": model.queued,
     }
+
+
+def _weights(info: ModelInfo) -> str:
+    """Return what the weights were made by a folder's steps: `int8`, `int4`, or still `float32`."""
+    methods = [step.get("method") for step in info.manifest.get("steps", ())]
+    return next((str(method) for method in reversed(methods) if method in {"int8", "int4"}), "float32")
 
 
 def _model_type(info: ModelInfo) -> dict[str, Any]:

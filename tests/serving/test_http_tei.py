@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from asgi import Client
@@ -205,6 +207,16 @@ def test_info_tells_the_limits_and_every_model(client: Client) -> None:
     other = client.get("/models/films/info").json()
     assert other["model_type"]["classifier"]["id2label"]["1"] == "positive"
     assert client.get("/models/none/info").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("methods", "says"), [([], "float32"), (["structured", "int8"], "int8"), (["distil", "int4"], "int4")]
+)
+def test_info_tells_what_the_weights_are(models: FakeModels, client: Client, methods: list[str], says: str) -> None:
+    model = models.models["minilm"]
+    steps = [{"verb": "compress", "method": method} for method in methods]
+    model.info = dataclasses.replace(model.info, manifest={"steps": [{"verb": "export"}, *steps]})
+    assert client.get("/info").json()["model_dtype"] == says
 
 
 def test_one_model_alone_needs_no_name() -> None:
