@@ -212,6 +212,11 @@ def serving_table() -> str:
         f"Under four times its load for a minute it answered {goodput.value:.0%} of its peak, with {errors.value:.0f} "
         f"server errors; with {killed.value:.0f} workers killed under load {lost.value:.0f} requests were lost."
     )
+    over = {"shapes": "10,000 requests of random shapes", "soak": "half an hour at 80 % of its peak"}
+    for part, what in over.items():
+        growth = find(rows, "memory growth", "effllm serve", part=part)
+        if growth:
+            ends += f" Over {what} its memory grew by {growth.value:.1%}."
     how = f"all-MiniLM-L6-v2 in int8, medians of {first.n} interleaved rounds, client and server on the same cores"
     return "\n".join([*lines, "", f"{first.machine}; {how}. {ends}"])
 

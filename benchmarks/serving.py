@@ -1,6 +1,6 @@
 """What `effllm serve` costs over the bare model, what it is worth beside other servers, and what breaks it.
 
-    python benchmarks/serving.py DIR [--only peers,overload,kill,soak] [--litserve-python PYTHON]
+    python benchmarks/serving.py DIR [--only peers,overload,kill,shapes,soak] [--litserve-python PYTHON]
 
 DIR is an embedding model that `effllm export` or `effllm compress` wrote, such as all-MiniLM-L6-v2. Every server is a
 process of its own with the same threads; the load comes from this process (`effllm bench --url` is the same code) and
@@ -12,6 +12,7 @@ takes its share of the same cores. Writes `results/serving.jsonl`; with `--only`
   medians and of ratios of medians.
 - **overload**: four times as many requests as it can answer, at random times, for a minute.
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
+- **shapes**: 10,000 requests, each of another number of texts of other lengths; memory over it.
 - **soak**: 80 % of what it can answer, for half an hour; memory and p99 of the first and the last fifth.
 
 Every system has as many threads as there are cores: a server by hand runs as many requests at once as it gets, so fewer
@@ -27,7 +28,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import os
+import random
 import signal
 import sys
 import threading
@@ -55,6 +58,7 @@ OURS, NAIVE, LITSERVE = "effllm serve", "FastAPI by hand", "LitServe"
 LOOP, SORTED_LOOP = "loop, as many texts as clients", "loop, all texts sorted"
 CLIENTS = 32
 TEXTS = 512
+SHAPES = 10_000
 LOADS = ((CLIENTS, 16, 64), (CLIENTS, 8, 128), (1, 16, 64))
 """Clients, and the fewest and the most tokens of a text."""
 CLEAR = ("200", "429", "503", "504")
@@ -73,6 +77,7 @@ class Plan:
     seconds: float
     overload_s: float
     kill_s: float
+    shapes_s: float
     soak_minutes: float
     max_queue: int
     litserve_python: str
@@ -274,25 +279,52 @@ def _count(sent: Sequence[Sent], wanted: Callable[[str], bool]) -> int:
     return sum(wanted(one.outcome) for one in sent)
 
 
+def shapes(plan: Plan) -> Iterator[Row]:
+    """Measure memory while no two requests are alike."""
+    rng = random.Random(0)
+    texts = iter(texts_of_lengths(4, 256, 5 * SHAPES))
+    groups = [list(itertools.islice(texts, rng.randint(1, 8))) for _ in range(SHAPES)]
+    patient = Load(clients=8, seconds=plan.shapes_s, warm_up_s=0.0, timeout_s=PATIENCE_S)
+    with plan.ours() as server, watched(server, 0.0) as memory:
+        sent: list[Sent] = []
+        began = time.perf_counter()
+        while len(sent) < SHAPES:
+            say(f"shapes: {len(sent)} of {SHAPES} requests")
+            later = time.perf_counter() - began
+            part = run_async(send_load(server.endpoint, groups[len(sent) :], patient)).sent
+            sent += [one._replace(due_s=later + one.due_s, done_s=later + one.done_s) for one in part]
+        run = LoadRun(sent, time.perf_counter() - began)
+    yield from soak_rows(run, memory, plan.how("shapes", tokens="4–256", clients=patient.clients))
+
+
+@contextlib.contextmanager
+def watched(server: ServerProcess, warm_up_s: float) -> Iterator[list[tuple[float, int]]]:
+    """Look each second what memory a server takes: (seconds since the warm-up, bytes), while the block runs."""
+    memory: list[tuple[float, int]] = []
+    ended, start = threading.Event(), time.perf_counter() + warm_up_s
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            memory.append((time.perf_counter() - start, server.memory_bytes()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield memory
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def soak(plan: Plan) -> Iterator[Row]:
     """Measure 80 % of the peak for a long time."""
-    texts, memory = texts_of_lengths(16, 64, TEXTS), []
+    texts = texts_of_lengths(16, 64, TEXTS)
     with plan.ours() as server:
         peak = peak_rate(server, texts, max(plan.seconds, 10.0))
         load = Load(rate=0.8 * peak, seconds=plan.soak_minutes * 60, warm_up_s=10.0)
         say(f"soak: {load.rate:.0f} requests/s for {plan.soak_minutes:g} minutes")
-        ended = threading.Event()
-        start = time.perf_counter() + load.warm_up_s
-
-        def watch() -> None:
-            while not ended.wait(1.0):
-                memory.append((time.perf_counter() - start, server.memory_bytes()))
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        run = drive(server, texts, load)
-        ended.set()
-        watcher.join()
+        with watched(server, load.warm_up_s) as memory:
+            run = drive(server, texts, load)
     yield from soak_rows(run, memory, plan.how("soak", tokens="16–64", rate=round(load.rate, 1)))
 
 
@@ -317,7 +349,13 @@ def soak_rows(run: LoadRun, memory: Sequence[tuple[float, int]], how: Mapping[st
         yield row("memory growth", growth, "share", OURS, {**how, "role": "serving check"}, n=len(memory))
 
 
-PARTS: dict[str, Callable[[Plan], Iterator[Row]]] = {"peers": peers, "overload": overload, "kill": kill, "soak": soak}
+PARTS: dict[str, Callable[[Plan], Iterator[Row]]] = {
+    "peers": peers,
+    "overload": overload,
+    "kill": kill,
+    "shapes": shapes,
+    "soak": soak,
+}
 
 
 def say(text: str) -> None:
@@ -339,6 +377,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="seconds per system, load and round")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
     parser.add_argument("--kill-seconds", type=float, default=60.0)
+    parser.add_argument("--shapes-seconds", type=float, default=30.0, help="of one stretch of shapes")
     parser.add_argument("--soak-minutes", type=float, default=30.0)
     parser.add_argument("--max-queue", type=int, default=256, help="the queue of effllm serve")
     parser.add_argument("--litserve-python", default="", metavar="PYTHON", help="interpreter that has LitServe")
@@ -354,6 +393,7 @@ def main() -> None:
         seconds=flags.seconds,
         overload_s=flags.overload_seconds,
         kill_s=flags.kill_seconds,
+        shapes_s=flags.shapes_seconds,
         soak_minutes=flags.soak_minutes,
         max_queue=flags.max_queue,
         litserve_python=flags.litserve_python,
