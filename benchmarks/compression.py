@@ -50,14 +50,14 @@ class Recipe:
 
 def _sparse() -> dict[str, Recipe]:
     recipes = {}
-    for method in ("magnitude", "wanda", "sparsegpt"):
-        recipes[f"{method} 50 %"] = Recipe((f"{method}:sparsity=0.5",))
+    for method in ("magnitude", "wanda", "ria", "sparsegpt", "obert"):
+        recovered = method in {"magnitude", "obert"}
         recipes[f"{method} 2:4"] = Recipe((f"{method}:pattern=2:4",))
-    for share in (0.7, 0.8, 0.9):
-        for method in ("magnitude", "obert"):
-            spec = f"{method}:sparsity={share},epochs=0"
-            recipes[f"{method} {share:.0%}"] = Recipe((spec,))
-            recipes[f"{method} {share:.0%} + distil"] = Recipe((spec, DISTIL))  # the teacher is the dense model
+        for percent in (50, 60, 70, 80, 90) if recovered else (50, 60, 70):
+            spec = f"{method}:sparsity={percent / 100}"
+            recipes[f"{method} {percent} %"] = Recipe((spec,))
+            if recovered and percent >= 70:
+                recipes[f"{method} {percent} % + distil"] = Recipe((spec, DISTIL))  # the teacher is the dense model
     return recipes
 
 
