@@ -201,3 +201,21 @@ def test_every_text_is_within_the_picture():
             width = text_width(element.text)
             left = float(element.get("x")) - width * {"start": 0, "middle": 0.5, "end": 1}[element.get("text-anchor")]
             assert 0 <= left <= left + width <= 860, element.text
+
+
+def test_a_line_runs_along_the_shares_whatever_the_recipes_are_called():
+    steps = [{"method": "magnitude", "sparsity": share, "pattern": "layer"} for share in (0.9, 0.5, 0.7)]
+    svg = plotted([*measured("dense", 0.89), *(r for i, s in enumerate(steps) for r in measured(f"{i}", 0.8, s))])
+    (line, _) = re.findall(r'points="([^"]*)" class="dashed-line', svg)
+    xs = [float(spot.split(",")[0]) for spot in line.split()]
+    assert xs == sorted(xs)
+    assert len(xs) == 3
+
+
+def test_a_change_that_is_rounded_to_nothing_has_no_sign():
+    assert [compression_report.signed(points) for points in (-0.04, 0.04, -0.06, 1.25)] == [
+        "0.0",
+        "0.0",
+        "−0.1",
+        "+1.2",
+    ]
