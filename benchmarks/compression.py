@@ -2,15 +2,15 @@
 
     python benchmarks/compression.py MODEL DATA --work DIR [--only NAME,…] [--seeds N] [--bench]
 
-MODEL is a fine-tuned model (SST-2 from all-MiniLM-L6-v2 here, as `benchmarks/finetuning.py` leaves it, and
-all-MiniLM-L6-v2 itself on STS-B), DATA a folder with its `train.jsonl.xz` and `dev.jsonl`. Each recipe is a row of
-methods of `effllm compress`; recipes that train are made once per seed. Folders are kept in DIR, and those that are
-there already are not made again. With `--bench` they are timed in ONNX Runtime against the dense model there and in
-torch, one thread, one interleaved run. Rows go to `results/compression.jsonl` for SST-2, to
-`results/compression_NAME.jsonl` for the folder NAME.
+MODEL is a fine-tuned model (SST-2 from all-MiniLM-L6-v2 here, as `benchmarks/finetuning.py` leaves it, all-MiniLM-L6-v2
+itself on STS-B, and on Chinese STS-B one that the README beside this file makes), DATA a folder with its
+`train.jsonl.xz` and `dev.jsonl`. Each recipe is a row of methods of `effllm compress`; recipes that train are made once
+per seed. Folders are kept in DIR, and those that are there already are not made again. With `--bench` they are timed in
+ONNX Runtime against the dense model there and in torch, one thread, one interleaved run. Rows go to
+`results/compression.jsonl` for SST-2, to `results/compression_NAME.jsonl` for the folder NAME.
 
 Calibration and training texts are the training set's, quality is dev's, which chose nothing here but the dense model's
-own checkpoint. Two models, two tasks, one processor.
+own checkpoint. Small models, two tasks, one processor.
 """
 
 from __future__ import annotations
