@@ -37,7 +37,7 @@ DISTIL = "distil:steps=600,learning_rate=2e-4,seed={seed}"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of methods, `{seed}` standing for the seed; `after` names the recipe whose folder it starts from."""
+    """A row of methods, `{seed}` and `{group_size}` standing for those; `after` names the recipe it starts from."""
 
     specs: tuple[str, ...]
     after: str = ""
@@ -63,8 +63,8 @@ def _sparse() -> dict[str, Recipe]:
 
 RECIPES = {
     "int8": Recipe(("int8",)),
-    "int4 gptq": Recipe(("int4:algorithm=gptq,group_size=128",)),
-    "int4 rtn": Recipe(("int4:algorithm=rtn,group_size=128",)),
+    "int4 gptq": Recipe(("int4:algorithm=gptq,group_size={group_size}",)),
+    "int4 rtn": Recipe(("int4:algorithm=rtn,group_size={group_size}",)),
     "nf4": Recipe(("nf4",)),
     "structured 2x": Recipe(("structured:flops=0.5",)),
     "structured 2x + distil": Recipe(("structured:flops=0.5", DISTIL)),
@@ -76,15 +76,17 @@ RECIPES = {
 }
 
 
-def make(name: str, recipe: Recipe, model: Path, data: Path, work: Path, seed: int) -> Path:
+def make(name: str, recipe: Recipe, model: Path, data: Path, work: Path, seed: int, group_size: int) -> Path:
     """Return the folder of a recipe, made if it is not there."""
     out = work / f"{name.replace(' ', '-').replace(':', '-')}-seed{seed}"
     if not out.exists():
-        start = make(recipe.after, RECIPES[recipe.after], model, data, work, seed) if recipe.after else model
+        start = (
+            make(recipe.after, RECIPES[recipe.after], model, data, work, seed, group_size) if recipe.after else model
+        )
         compress(
             start,
             out,
-            method=[parse_method(spec.format(seed=seed)) for spec in recipe.specs],
+            method=[parse_method(spec.format(seed=seed, group_size=group_size)) for spec in recipe.specs],
             calib=data / "train.jsonl.xz",
             train=data / "train.jsonl.xz",
             dev=data / "dev.jsonl",
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", default=",".join(RECIPES))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--group-size", type=int, default=128, help="of int4: 32 or 64 for layers of other widths")
     parser.add_argument("--bench", action="store_true", help="also time them in ONNX Runtime")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,9 @@ def main() -> None:
     for name in arguments.only.split(","):
         recipe = RECIPES[name]
         seeds = range(arguments.seeds if recipe.trains else 1)
-        folders[name] = [make(name, recipe, arguments.model, arguments.data, arguments.work, s) for s in seeds]
+        folders[name] = [
+            make(name, recipe, arguments.model, arguments.data, arguments.work, s, arguments.group_size) for s in seeds
+        ]
         rows = [r for r in rows if not (r.system == name and r.how.get("batch") is None)]
         rows += rows_of(name, folders[name], arguments.data)
         write_rows(results, rows)

@@ -177,6 +177,12 @@ def compression_table() -> str:
     )
 
 
+def chinese_table() -> str:
+    """Return what each recipe costs a Chinese model of sentence similarity."""
+    rows = read_rows(RESULTS / "compression_stsb-zh.jsonl")
+    return compression_report.tables(rows, "spearman", "Chinese STS-B dev Spearman")
+
+
 def sparsity_plot() -> str:
     """Return the plot of a classifier's quality against zeros."""
     rows = read_rows(RESULTS / "compression.jsonl")
@@ -269,6 +275,7 @@ TABLES = {
     "training": training_table,
     "interop": interop_table,
     "compression": compression_table,
+    "compression_stsb-zh": chinese_table,
     "serving": serving_table,
 }
 PLOTS = {SPARSITY: sparsity_plot}
