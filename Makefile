@@ -29,7 +29,7 @@ bench: $(SETUP)  ## time the pieces with pytest-benchmark
 interop: $(SETUP)  ## load the exported folders in the other tools, each in its own environment
 	$(BIN)/python benchmarks/interop/run.py
 
-readme: $(SETUP)  ## write the README's tables from the committed rows
+readme: $(SETUP)  ## write the README's tables and plots from the committed rows
 	$(BIN)/python benchmarks/readme.py
 
 $(SETUP): pyproject.toml constraints.txt

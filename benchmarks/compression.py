@@ -2,15 +2,15 @@
 
     python benchmarks/compression.py MODEL DATA --work DIR [--only NAME,…] [--seeds N] [--bench]
 
-MODEL is a fine-tuned model (SST-2 from all-MiniLM-L6-v2 here, as `benchmarks/finetuning.py` leaves it, and
-all-MiniLM-L6-v2 itself on STS-B), DATA a folder with its `train.jsonl.xz` and `dev.jsonl`. Each recipe is a row of
-methods of `effllm compress`; recipes that train are made once per seed. Folders are kept in DIR, and those that are
-there already are not made again. With `--bench` they are timed in ONNX Runtime against the dense model there and in
-torch, one thread, one interleaved run. Rows go to `results/compression.jsonl` for SST-2, to
-`results/compression_NAME.jsonl` for the folder NAME.
+MODEL is a fine-tuned model (SST-2 from all-MiniLM-L6-v2 here, as `benchmarks/finetuning.py` leaves it, all-MiniLM-L6-v2
+itself on STS-B, and on Chinese STS-B one that the README beside this file makes), DATA a folder with its
+`train.jsonl.xz` and `dev.jsonl`. Each recipe is a row of methods of `effllm compress`; recipes that train are made once
+per seed. Folders are kept in DIR, and those that are there already are not made again. With `--bench` they are timed in
+ONNX Runtime against the dense model there and in torch, one thread, one interleaved run. Rows go to
+`results/compression.jsonl` for SST-2, to `results/compression_NAME.jsonl` for the folder NAME.
 
 Calibration and training texts are the training set's, quality is dev's, which chose nothing here but the dense model's
-own checkpoint. Two models, two tasks, one processor.
+own checkpoint. Small models, two tasks, one processor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DISTIL = "distil:steps=600,learning_rate=2e-4,seed={seed}"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of methods, `{seed}` standing for the seed; `after` names the recipe whose folder it starts from."""
+    """A row of methods, `{seed}` and `{group_size}` standing for those; `after` names the recipe it starts from."""
 
     specs: tuple[str, ...]
     after: str = ""
@@ -50,21 +50,21 @@ class Recipe:
 
 def _sparse() -> dict[str, Recipe]:
     recipes = {}
-    for method in ("magnitude", "wanda", "sparsegpt"):
-        recipes[f"{method} 50 %"] = Recipe((f"{method}:sparsity=0.5",))
+    for method in ("magnitude", "wanda", "ria", "sparsegpt", "obert"):
+        recovered = method in {"magnitude", "obert"}
         recipes[f"{method} 2:4"] = Recipe((f"{method}:pattern=2:4",))
-    for share in (0.7, 0.8, 0.9):
-        for method in ("magnitude", "obert"):
-            spec = f"{method}:sparsity={share},epochs=0"
-            recipes[f"{method} {share:.0%}"] = Recipe((spec,))
-            recipes[f"{method} {share:.0%} + distil"] = Recipe((spec, DISTIL))  # the teacher is the dense model
+        for percent in (50, 60, 70, 80, 90) if recovered else (50, 60, 70):
+            spec = f"{method}:sparsity={percent / 100}"
+            recipes[f"{method} {percent} %"] = Recipe((spec,))
+            if recovered and percent >= 70:
+                recipes[f"{method} {percent} % + distil"] = Recipe((spec, DISTIL))  # the teacher is the dense model
     return recipes
 
 
 RECIPES = {
     "int8": Recipe(("int8",)),
-    "int4 gptq": Recipe(("int4:algorithm=gptq,group_size=128",)),
-    "int4 rtn": Recipe(("int4:algorithm=rtn,group_size=128",)),
+    "int4 gptq": Recipe(("int4:algorithm=gptq,group_size={group_size}",)),
+    "int4 rtn": Recipe(("int4:algorithm=rtn,group_size={group_size}",)),
     "nf4": Recipe(("nf4",)),
     "structured 2x": Recipe(("structured:flops=0.5",)),
     "structured 2x + distil": Recipe(("structured:flops=0.5", DISTIL)),
@@ -76,15 +76,17 @@ RECIPES = {
 }
 
 
-def make(name: str, recipe: Recipe, model: Path, data: Path, work: Path, seed: int) -> Path:
+def make(name: str, recipe: Recipe, model: Path, data: Path, work: Path, seed: int, group_size: int) -> Path:
     """Return the folder of a recipe, made if it is not there."""
     out = work / f"{name.replace(' ', '-').replace(':', '-')}-seed{seed}"
     if not out.exists():
-        start = make(recipe.after, RECIPES[recipe.after], model, data, work, seed) if recipe.after else model
+        start = (
+            make(recipe.after, RECIPES[recipe.after], model, data, work, seed, group_size) if recipe.after else model
+        )
         compress(
             start,
             out,
-            method=[parse_method(spec.format(seed=seed)) for spec in recipe.specs],
+            method=[parse_method(spec.format(seed=seed, group_size=group_size)) for spec in recipe.specs],
             calib=data / "train.jsonl.xz",
             train=data / "train.jsonl.xz",
             dev=data / "dev.jsonl",
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", default=",".join(RECIPES))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--group-size", type=int, default=128, help="of int4: 32 or 64 for layers of other widths")
     parser.add_argument("--bench", action="store_true", help="also time them in ONNX Runtime")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,9 @@ def main() -> None:
     for name in arguments.only.split(","):
         recipe = RECIPES[name]
         seeds = range(arguments.seeds if recipe.trains else 1)
-        folders[name] = [make(name, recipe, arguments.model, arguments.data, arguments.work, s) for s in seeds]
+        folders[name] = [
+            make(name, recipe, arguments.model, arguments.data, arguments.work, s, arguments.group_size) for s in seeds
+        ]
         rows = [r for r in rows if not (r.system == name and r.how.get("batch") is None)]
         rows += rows_of(name, folders[name], arguments.data)
         write_rows(results, rows)

@@ -1,4 +1,4 @@
-"""Write the README's tables from the committed rows. `--check` fails when the README is not what the rows say.
+"""Write the README's tables and plots from the committed rows. `--check` fails when one is not what the rows say.
 
 python benchmarks/readme.py
 """
@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import compression_report
+
 from effllm.report import text
 from effllm.rows import Row, read_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+SPARSITY = RESULTS / "sparsity.svg"
 MASKED = "head on masked positions"
 
 
@@ -167,21 +170,23 @@ def _finetuned_lines() -> list[str]:
 
 
 def compression_table() -> str:
-    """Return one line per recipe: accuracy, its change, size and, where timed, the speed-up over ONNX Runtime."""
+    """Return what each recipe costs a classifier, and the plot of quality against zeros."""
+    picture = SPARSITY.relative_to(ROOT).as_posix()
+    return compression_report.tables(
+        read_rows(RESULTS / "compression.jsonl"), "accuracy", "SST-2 dev accuracy", picture
+    )
+
+
+def chinese_table() -> str:
+    """Return what each recipe costs a Chinese model of sentence similarity."""
+    rows = read_rows(RESULTS / "compression_stsb-zh.jsonl")
+    return compression_report.tables(rows, "spearman", "Chinese STS-B dev Spearman")
+
+
+def sparsity_plot() -> str:
+    """Return the plot of a classifier's quality against zeros."""
     rows = read_rows(RESULTS / "compression.jsonl")
-    dense = find(rows, "accuracy", "dense")
-    lines = [
-        "| methods, in order | SST-2 dev accuracy | change, points | file | 1 × 128 | 16 × 64 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for system in dict.fromkeys(["dense", *(row.system for row in rows if row.metric == "accuracy")]):
-        accuracy, size = find(rows, "accuracy", system), find(rows, "model size", system)
-        change = "–" if system == "dense" else _points(accuracy.value - dense.value)
-        timed = [find(rows, "speed-up", system, batch=b, tokens=t) for b, t in ((1, 128), (16, 64))]
-        speeds = " | ".join(f"{row.value:.2f}×" if row else "–" for row in timed)
-        lines.append(f"| {system} | {accuracy.value:.4f} | {change} | {text.size(size.value)} | {speeds} |")
-    how = "one seed; speed over ONNX Runtime float32, one thread, one interleaved run"
-    return "\n".join([*lines, "", f"{dense.machine}; {how}."])
+    return compression_report.sparsity_plot(compression_report.recipes(rows, "accuracy"), "SST-2 dev accuracy")
 
 
 def serving_table() -> str:
@@ -275,8 +280,10 @@ TABLES = {
     "training": training_table,
     "interop": interop_table,
     "compression": compression_table,
+    "compression_stsb-zh": chinese_table,
     "serving": serving_table,
 }
+PLOTS = {SPARSITY: sparsity_plot}
 
 
 def rendered(readme: str) -> str:
@@ -288,13 +295,14 @@ def rendered(readme: str) -> str:
 
 
 def main() -> int:
-    """Write the README, or check it."""
-    file = ROOT / "README.md"
-    before = file.read_text(encoding="utf-8")
-    after = rendered(before)
+    """Write the README and the plots, or check them."""
+    readme = ROOT / "README.md"
+    files = {readme: rendered(readme.read_text(encoding="utf-8"))} | {file: plot() for file, plot in PLOTS.items()}
+    changed = [file for file, new in files.items() if not file.is_file() or file.read_text(encoding="utf-8") != new]
     if "--check" in sys.argv:
-        return int(before != after)
-    file.write_text(after, encoding="utf-8")
+        return int(bool(changed))
+    for file in changed:
+        file.write_text(files[file], encoding="utf-8")
     return 0
 
 

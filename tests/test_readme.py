@@ -18,6 +18,15 @@ def test_tables_are_what_the_rows_say() -> None:
     assert {name for name in readme.TABLES if f"<!-- rows: {name} -->" in text} == set(readme.TABLES)
 
 
+def test_plots_are_what_the_rows_say() -> None:
+    import readme
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for file, plot in readme.PLOTS.items():
+        assert file.read_text(encoding="utf-8") == plot(), "run `make readme`"
+        assert f"]({file.relative_to(ROOT).as_posix()})" in text
+
+
 def test_every_command_and_flag_exists() -> None:
     from click.testing import CliRunner
 

@@ -12,6 +12,7 @@ import markupsafe
 from effllm.report import text
 from effllm.report.measured import Measured
 from effllm.report.plots import Figure, all_figures
+from effllm.report.svg import plot_style
 from effllm.report.tables import Table, all_tables, glance
 from effllm.rows import Row
 
@@ -37,6 +38,7 @@ def html_page(
     # The drawings escape their own texts; everything else is escaped by the template.
     environment.filters["drawn"] = markupsafe.Markup
     return environment.from_string(template).render(
+        style=plot_style(),
         title=text.plain(title),
         notes=[text.plain(note) for note in notes],
         summary=_summary(measured),

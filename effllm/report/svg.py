@@ -1,11 +1,12 @@
 """Drawing for plots: scales, 1-2-5 ticks, axes, markers, labels that keep clear of each other.
 
-Colours and fonts are CSS classes, so that a page decides them for light, dark and print. Elements are built with
-ElementTree, which escapes every text.
+Colours and fonts are CSS classes, which a page sets for light, dark and print, and a drawing in a file of its own as it
+stands there. Elements are built with ElementTree, which escapes every text.
 """
 
 from __future__ import annotations
 
+import importlib.resources
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -161,6 +162,11 @@ def _candidates(x: float, y: float, width: float) -> list[tuple[float, Box]]:
     return found
 
 
+def plot_style() -> str:
+    """Return the style sheet of the drawings' classes, with the colours for light and dark."""
+    return importlib.resources.files("effllm.report").joinpath("plot.css").read_text(encoding="utf-8")
+
+
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Return positions in the same order that are `gap` apart and within `low`..`high`, moved as little as needed."""
     gap = min(gap, (high - low) / max(len(positions) - 1, 1))
@@ -196,6 +202,12 @@ class Canvas:
     def __str__(self) -> str:
         return ElementTree.tostring(self._root, encoding="unicode")
 
+    def stand_alone(self) -> None:
+        """Give the picture its style and background, for a file of its own; before anything is drawn."""
+        ElementTree.SubElement(self._root, "style").text = plot_style()
+        width, height = float(self._root.attrib["width"]), float(self._root.attrib["height"])
+        self._add("rect", {"width": width, "height": height, "rx": 6, "class": "page"})
+
     def begin(self, name: str, title: str = "") -> None:
         """Put what follows into a group of class `name`, whose title is shown on hover."""
         self._group = ElementTree.SubElement(self._root, "g", {"class": name})
@@ -216,10 +228,10 @@ class Canvas:
         name = f"bar {_colour(index)}"
         self._add("rect", {"x": x, "y": y, "width": width, "height": height, "rx": 2, "class": name})
 
-    def marker(self, x: float, y: float, index: int) -> None:
-        """Draw the marker of the system number `index`."""
+    def marker(self, x: float, y: float, index: int, name: str = "marker") -> None:
+        """Draw the marker of the system number `index`; `name` is its class, `marker` or `hollow-marker`."""
         shape = _SHAPES[index % len(_SHAPES)]
-        name = f"marker {_colour(index)}"
+        name = f"{name} {_colour(index)}"
         self._add("path", {"d": shape, "transform": f"translate({x:.1f} {y:.1f})", "class": name})
 
     def text(self, x: float, y: float, text: str, name: str, anchor: str = "start", turn: bool = False) -> None:
@@ -229,11 +241,19 @@ class Canvas:
             attributes["transform"] = f"rotate(-90 {x:.1f} {y:.1f})"
         self._add("text", attributes).text = text
 
-    def axes(self, x: Scale, y: Scale, x_title: str, y_title: str, x_ticks: Sequence[float] | None = None) -> None:
+    def axes(
+        self,
+        x: Scale,
+        y: Scale,
+        x_title: str,
+        y_title: str,
+        x_ticks: Sequence[float] | None = None,
+        x_texts: Sequence[str] | None = None,
+    ) -> None:
         """Draw grid lines, tick labels and titles for two scales whose starts meet at the lower left."""
         self.begin("axes")
         x_ticks = x_ticks or x.ticks(most=max(5, int((x.end - x.start) / 75)))
-        for tick, written in zip(x_ticks, tick_texts(x_ticks, x.log), strict=True):
+        for tick, written in zip(x_ticks, x_texts or tick_texts(x_ticks, x.log), strict=True):
             self.line(x.at(tick), y.end, x.at(tick), y.start, "grid")
             self.text(x.at(tick), y.start + 17, written, "tick", "middle")
         y_ticks = y.ticks(most=max(3, int((y.start - y.end) / 45)))
