@@ -81,6 +81,8 @@ def _readable(answer: Any) -> str:
         )
     if "answer" in answer:
         return f"{answer['answer']!r}  (characters {answer['start']}–{answer['end']}, score {answer['score']:.2f})"
+    if "perplexity" in answer:
+        return f"perplexity {answer['perplexity']:.2f} over {answer['tokens']} tokens"
     if "similarity" in answer:
         return f"similarity {answer['similarity']:.4f}"
     return f"{answer['label']}  ({answer['score']:.4f})"
