@@ -91,7 +91,7 @@ def check_decoder(methods: Sequence[Method]) -> None:
     for method in methods:
         if not getattr(method, "decoders", False):
             able = [name for name in METHODS if getattr(method_class(name), "decoders", False)]
-            raise Unsupported(f"--method {method.name} is for encoders; decoders can be compressed by {', '.join(able)}")
+            raise Unsupported(f"--method {method.name} is for encoders; those for decoders: {', '.join(able)}")
         if getattr(method, "epochs", 0) > 0:
             raise Unsupported(f"--method {method.name} with epochs trains, which effllm does to encoders only")
 

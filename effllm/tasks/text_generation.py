@@ -22,9 +22,9 @@ LARGEST_LOSS = 700.0
 class TextGeneration(Task):
     """Causal language models. Any text is its own reference.
 
-    Perplexity is exp(-Σ log p / N). The sum is over all N predicted tokens of all texts, each weighing the same, and p is
-    what the model gives to a token after those before it in its window, in nats. A text is cut into windows of as many
-    tokens as the model takes, at most 2048; each begins with the last token of the one before, as context alone, so that
+    Perplexity is exp(-Σ ln p / N). The sum is over all N predicted tokens of all texts, each weighing the same; p is
+    what the model gives to a token after those before it in its window. A text is cut into windows of as many tokens
+    as the model takes, at most 2048; each begins with the last token of the one before, as context alone, so that
     every token of a text but its first is predicted exactly once. Special tokens that the tokenizer puts around a text
     belong to it: with a token for its beginning, all of its own are predicted.
     """
@@ -62,7 +62,7 @@ class TextGeneration(Task):
         }
 
     def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
-        """Return `log_likelihood`, the sum over the `tokens` that were predicted, `perplexity`, and what was `predicted`.
+        """Return `perplexity`, `log_likelihood`, summed over the number of `tokens`, and the ids that were `predicted`.
 
         A text without a predicted token has perplexity 1.
         """
