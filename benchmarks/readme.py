@@ -195,10 +195,11 @@ def decoder_table() -> str:
         loss = f"{value} {bounds}".rstrip()
         lines.append(f"| {system} | {perplexity.value:.2f} | {loss} | {text.size(size.value)} |")
     dense, tokens, parameters, seconds = (
-        find(rows, metric, "dense") for metric in ("perplexity", "training tokens", "parameters", "training time")
+        find(rows, metric, "dense")
+        for metric in ("perplexity", "training tokens", "parameters", "training processor time")
     )
     made = (
-        f"{parameters.value / 1e6:.1f} million parameters, trained for {seconds.value / 60:.0f} minutes on "
+        f"{parameters.value / 1e6:.1f} million parameters, trained for {seconds.value / 60:.0f} minutes of one core on "
         f"{tokens.value / 1e6:.1f} million tokens of English Wikipedia; {dense.n} other documents in windows of 256"
     )
     return "\n".join([*lines, "", f"{dense.machine}; {made}; one seed."])
