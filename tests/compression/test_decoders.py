@@ -127,22 +127,6 @@ def test_layers_see_their_texts_alone_and_no_token_after(tmp_path: Path, models:
         torch.testing.assert_close(at_once[name].gram, gram, rtol=0, atol=1e-5 * scale)
 
 
-def test_pruning_by_activation_keeps_more_of_a_trained_model_than_by_size(tmp_path: Path, trained: Path) -> None:
-    def perplexity(spec: str) -> float:
-        out = tmp_path / spec.replace(":", "-")
-        dev = [{"text": text} for text in LEARNT]
-        variant = effllm.compress(
-            trained, out, method=parse_method(spec), calib=TEXTS, dev=dev, max_drop=1e9, threads=1
-        )
-        dense, pruned, *_ = [row.value for row in variant.rows if row.metric == "perplexity"]
-        assert dense < pruned
-        return pruned
-
-    magnitude = perplexity("magnitude:sparsity=0.6")
-    assert perplexity("wanda:sparsity=0.6") < magnitude
-    assert perplexity("sparsegpt:sparsity=0.6") < magnitude
-
-
 def test_the_gate_is_on_perplexity_with_dev_texts_and_on_agreement_without(tmp_path: Path, trained: Path) -> None:
     dev = tmp_path / "dev.txt"
     dev.write_text("\n".join(LEARNT) + "\n")
