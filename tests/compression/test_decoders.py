@@ -98,33 +98,49 @@ def test_the_folder_loads_in_transformers_and_answers_as_measured(
     assert row.value == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
 
 
-def test_layers_see_their_texts_alone_and_no_token_after(tmp_path: Path, models: dict[str, Path]) -> None:
-    job = make_job(models["llama"], tmp_path / "work", [*TEXTS[:9], " ".join(TEXTS[30:33])])
-    encodings = job.encodings()
-    assert len(encodings) > 10
-    assert max(map(len, encodings)) == LENGTH
-    plain = transformers.AutoModelForCausalLM.from_pretrained(models["llama"], attn_implementation="eager").eval()
-    expected: dict[str, torch.Tensor] = {}
-    for name, linear in linears(plain).items():
+def grams_token_by_token(model, encodings) -> dict[str, torch.Tensor]:
+    """Return the sums of x xᵀ that enter each linear layer run token by token: none can see the next."""
+    grams: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, linear in linears(model).items():
 
         def add(_: object, args: tuple[torch.Tensor], name: str = name) -> None:
             x = args[0].flatten(0, -2)
-            expected[name] = expected.get(name, 0) + x.T @ x
+            grams[name] = grams.get(name, 0) + x.T @ x
 
-        linear.register_forward_pre_hook(add)
-    for encoding in encodings:  # token by token: none can see the next
-        cache = transformers.DynamicCache(config=plain.config)
+        handles.append(linear.register_forward_pre_hook(add))
+    for encoding in encodings:
+        cache = transformers.DynamicCache(config=model.config)
         for token in encoding.ids:
             with torch.no_grad():
-                plain(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-    seen = {name: m for moments in layer_by_layer(job.model, encodings) for name, m in moments.items()}
-    at_once = observe(job.model, list(linears(job.model)), encodings)
+                model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    for handle in handles:
+        handle.remove()
+    return grams
+
+
+def test_layers_see_their_texts_alone_and_no_token_after(tmp_path: Path, models: dict[str, Path]) -> None:
+    job = make_job(models["llama"], tmp_path / "work", [*TEXTS[:9], " ".join(TEXTS[30:33])])
+    encodings, model = job.encodings(), job.model
+    assert len(encodings) > 10
+    assert max(map(len, encodings)) == LENGTH
+    expected = grams_token_by_token(model, encodings)
+    at_once = observe(model, list(linears(model)), encodings)
+    seen = {}
+    for index, moments in enumerate(layer_by_layer(model, encodings)):
+        seen |= moments
+        if not index:  # the second layer is to see what the first has become, its keys and values too
+            for linear in linears(model).values():
+                linear.weight.data.mul_(torch.arange(linear.in_features) % 2)
+    with torch.no_grad():
+        changed = grams_token_by_token(model, encodings)
     assert set(seen) == set(at_once) == set(expected)
     for name, gram in expected.items():
-        assert seen[name].tokens == at_once[name].tokens == sum(map(len, encodings))
-        scale = float(gram.diagonal().max())
-        torch.testing.assert_close(seen[name].gram, gram, rtol=0, atol=1e-5 * scale)
-        torch.testing.assert_close(at_once[name].gram, gram, rtol=0, atol=1e-5 * scale)
+        wanted = changed[name] if name in moments else gram
+        for got, reference in ((seen[name], wanted), (at_once[name], gram)):
+            assert got.tokens == sum(map(len, encodings))
+            scale = float(reference.diagonal().max())
+            torch.testing.assert_close(got.gram, reference, rtol=0, atol=1e-5 * scale)
 
 
 def test_the_gate_is_on_perplexity_with_dev_texts_and_on_agreement_without(tmp_path: Path, trained: Path) -> None:
