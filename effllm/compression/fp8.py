@@ -36,7 +36,6 @@ class Fp8:
     name: ClassVar[str] = "fp8"
     summary: ClassVar[str] = "8-bit float weights for transformers and vLLM; needs a GPU of 2022 or later, no data"
     stage: ClassVar[Stage] = Stage.CODES
-    decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {}
 
     def check(self, source: Source) -> None:
