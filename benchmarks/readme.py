@@ -189,6 +189,27 @@ def sparsity_plot() -> str:
     return compression_report.sparsity_plot(compression_report.recipes(rows, "accuracy"), "SST-2 dev accuracy")
 
 
+def decoder_table() -> str:
+    """Return one line per recipe on a small decoder: perplexity, change of the loss over the dense one's, size."""
+    rows = read_rows(RESULTS / "decoder.jsonl")
+    lines = ["| | perplexity | loss above dense, nats [95 %] | file |", "|---|---|---|---|"]
+    for system in dict.fromkeys(row.system for row in rows if row.metric == "perplexity"):
+        perplexity, size = (find(rows, metric, system) for metric in ("perplexity", "model size"))
+        change = find(rows, "loss change", system)
+        value, bounds = text.change(change.value, change.low, change.high) if change else ("–", "")
+        loss = f"{value} {bounds}".rstrip()
+        lines.append(f"| {system} | {perplexity.value:.2f} | {loss} | {text.size(size.value)} |")
+    dense, tokens, parameters, seconds = (
+        find(rows, metric, "dense")
+        for metric in ("perplexity", "training tokens", "parameters", "training processor time")
+    )
+    made = (
+        f"{parameters.value / 1e6:.1f} million parameters, trained for {seconds.value / 60:.0f} minutes of one core on "
+        f"{tokens.value / 1e6:.1f} million tokens of English Wikipedia; {dense.n} other documents in windows of 256"
+    )
+    return "\n".join([*lines, "", f"{dense.machine}; {made}; one seed."])
+
+
 def serving_table() -> str:
     """Return texts per second and waiting times of the servers and of the loop without one, and what broke."""
     rows = read_rows(RESULTS / "serving.jsonl")
@@ -281,6 +302,7 @@ TABLES = {
     "interop": interop_table,
     "compression": compression_table,
     "compression_stsb-zh": chinese_table,
+    "decoder": decoder_table,
     "serving": serving_table,
 }
 PLOTS = {SPARSITY: sparsity_plot}

@@ -36,7 +36,7 @@ Examples:
 @TASK
 @click.option("--calib", metavar="FILE", help="Calibration texts (.txt, .jsonl, .csv, .tsv); no labels needed.")
 @click.option("--train", metavar="FILE", help="Training texts for methods that train, such as distil.")
-@click.option("--dev", metavar="FILE", help="Labelled examples for the gate; without, it is on agreement.")
+@click.option("--dev", metavar="FILE", help="Labelled examples, or texts for a decoder, for the gate; else agreement.")
 @click.option("--dev-limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --dev.")
 @COLUMNS
 @click.option(

@@ -83,4 +83,5 @@ def _readable(answer: Any) -> str:
         return f"{answer['answer']!r}  (characters {answer['start']}–{answer['end']}, score {answer['score']:.2f})"
     if "similarity" in answer:
         return f"similarity {answer['similarity']:.4f}"
-    return f"{answer['label']}  ({answer['score']:.4f})"
+    perplexity = "perplexity {perplexity:.2f} over {tokens} tokens"
+    return ("{label}  ({score:.4f})" if "label" in answer else perplexity).format(**answer)

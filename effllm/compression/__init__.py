@@ -6,7 +6,7 @@ import importlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from effllm.errors import SettingError, unknown_name
+from effllm.errors import SettingError, Unsupported, unknown_name
 from effllm.settings import build, split_spec
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ METHODS = {
 """Method name -> `module:class` of its settings dataclass, in the order in which they stand in a row. A method is one
 file and one line here."""
 
-__all__ = ["METHODS", "Int8", "check_order", "method_class", "parse_method"]
+__all__ = ["METHODS", "Int8", "check_decoder", "check_order", "method_class", "parse_method"]
 
 
 def __getattr__(name: str) -> Any:
@@ -84,6 +84,16 @@ def check_order(methods: Sequence[Method]) -> None:
         wanted = getattr(method, "before", None)
         if wanted is not None and all(later.stage < wanted for later in methods[index + 1 :]):
             raise SettingError(f"--method {method.name} prepares for quantisation: let one such as int8 or int4 follow")
+
+
+def check_decoder(methods: Sequence[Method]) -> None:
+    """Raise Unsupported for a method that a decoder cannot be compressed by, naming those that it can."""
+    for method in methods:
+        if not getattr(method, "decoders", False):
+            able = [name for name in METHODS if getattr(method_class(name), "decoders", False)]
+            raise Unsupported(f"--method {method.name} is for encoders; those for decoders: {', '.join(able)}")
+        if getattr(method, "epochs", 0) > 0:
+            raise Unsupported(f"--method {method.name} with epochs trains, which effllm does to encoders only")
 
 
 REASONS = {

@@ -39,12 +39,17 @@ class Moments:
         return self.gram.diagonal().clamp(min=0).sqrt()
 
 
-def feeds(model: Any, encodings: Sequence[Encoding]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the inputs of one text after another, int64 (1, T), those that the model takes."""
+def feeds(model: Any, encodings: Sequence[Encoding]) -> Iterator[dict[str, Any]]:
+    """Yield the inputs of one text after another, int64 (1, T), those that the model takes.
+
+    A decoder is told to keep no keys and values: a layer that is run again with the same arguments would add to them.
+    """
     takes = inspect.signature(model.forward).parameters
+    settings = {"use_cache": False} if "use_cache" in takes else {}
     for encoding in encodings:
         arrays = pad_batch([encoding], 0)
-        yield {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in INPUTS if name in takes}
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in INPUTS if name in takes}
+        yield inputs | settings
 
 
 @contextmanager

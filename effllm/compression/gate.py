@@ -19,12 +19,13 @@ class Verdict:
 def judge(comparison: Comparison, max_drop: float) -> Verdict:
     """Judge a comparison.
 
-    With reference answers, the drop is the share of the dense metric that is lost. Without, it is one minus the
-    agreement with the dense model: answers for classifiers, taggers and readers, mean cosine for embeddings.
+    With reference answers, the drop is the share of the dense metric that is lost, or that an error rises by. Without,
+    it is one minus the agreement with the dense model: answers for classifiers, taggers and readers, likeliest next
+    tokens for decoders, mean cosine for embeddings.
     """
     drop = comparison.drop
     if comparison.labelled:
-        what = f"{comparison.metric} drop {_percent(drop)} of dense"
+        what = f"{comparison.metric} {'rise' if comparison.task.lower_is_better else 'drop'} {_percent(drop)} of dense"
     else:
         what = f"disagreement with dense {_percent(drop)} (no labelled data was given)"
     passed = drop <= max_drop

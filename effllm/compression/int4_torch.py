@@ -36,6 +36,7 @@ class Int4Torch:
     name: ClassVar[str] = "int4-torch"
     summary: ClassVar[str] = "4-bit weights in groups for transformers and vLLM (GPTQ); needs compressed-tensors"
     stage: ClassVar[Stage] = Stage.CODES
+    decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {}
     baseline: ClassVar[str] = "int4-torch:algorithm=rtn"
 

@@ -27,6 +27,7 @@ class LlmInt8:
     name: ClassVar[str] = "llm-int8"
     summary: ClassVar[str] = "8-bit weights, outlier channels in float, for transformers; needs bitsandbytes, no data"
     stage: ClassVar[Stage] = Stage.CODES
+    decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {}
 
     threshold: float = field(

@@ -25,6 +25,7 @@ class Magnitude:
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "sets the smallest weights to zero; needs no data, with epochs it trains meanwhile"
     stage: ClassVar[Stage] = Stage.SPARSE
+    decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {"sparsity": 0.0}
 
     sparsity: float = field(default=0.5, metadata={"help": "share of the weights of linear layers that become zero"})

@@ -23,6 +23,7 @@ class Nf4:
     name: ClassVar[str] = "nf4"
     summary: ClassVar[str] = "4-bit NormalFloat weights for transformers; needs bitsandbytes, no data"
     stage: ClassVar[Stage] = Stage.CODES
+    decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {}
 
     double_quantisation: bool = field(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from effllm import machine
-from effllm.compression import check_order
+from effllm.compression import check_decoder, check_order
 from effllm.compression.auto import Auto
 from effllm.compression.gate import judge
 from effllm.compression.layers import linears
@@ -26,7 +26,7 @@ from effllm.exporters.graph import EXTERNAL_DATA_BYTES, save_graph
 from effllm.exporters.layout import write_layout
 from effllm.exporters.onnx import OPSET, export_graph
 from effllm.exporters.source import Source, load_source
-from effllm.folder import open_folder
+from effllm.folder import ModelFolder, open_folder
 from effllm.hf import describe_in_config
 from effllm.measure.quality import compare
 from effllm.progress import Track, silent
@@ -34,7 +34,7 @@ from effllm.rows import Row
 from effllm.runtime.predictor import Predictor
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
-from effllm.tasks import Example, scoring, task_of
+from effllm.tasks import Example, Task, scoring, task_of
 from effllm.variant import Variant, check_target, create, is_variant, read_manifest, weights_digest, write_manifest
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,10 @@ def export(
     """
     target = Path(out)
     check_target(target, force=force)
-    source = _open_source(model, task)
+    folder, chosen = _open_folder(model, task)
+    if chosen.causal:
+        raise Unsupported(f"{folder.path} is a decoder; decoders are compressed as transformers folders, not exported")
+    source = load_source(folder, chosen)
     with create(target, force=force) as staging:
         agreement = _export_graph(source, staging / "onnx" / "model.onnx", track, external_data_bytes)
         write_layout(source, staging)
@@ -102,7 +105,10 @@ def compress(
     target, methods = Path(out), list(method) if isinstance(method, Sequence) else [method]
     check_order(methods)
     check_target(target, force=force)
-    source = _open_source(model, task)
+    folder, chosen = _open_folder(model, task)
+    if chosen.causal:
+        check_decoder(methods)
+    source = load_source(folder, chosen)
     if dev is not None:
         source = dataclasses.replace(source, task=scoring(source.task))
     given = Given(calib, train, dev, columns, dev_limit)
@@ -284,11 +290,11 @@ def _linear_weights(model: Any) -> int:
     return sum(int(torch.count_nonzero(linear.weight)) for linear in linears(model).values())
 
 
-def _open_source(model: str | Path, task: str | None) -> Source:
+def _open_folder(model: str | Path, task: str | None) -> tuple[ModelFolder, Task]:
     folder = open_folder(model, weights=not _is_onnx_only(model))
     if is_variant(folder.path) and not folder.has_weights:
         raise Unsupported(f"{model} is an exported ONNX folder; start from the model that it was exported from")
-    return load_source(folder, task_of(folder, task))
+    return folder, task_of(folder, task)
 
 
 def _is_onnx_only(model: str | Path) -> bool:

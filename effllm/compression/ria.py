@@ -34,6 +34,7 @@ class Ria:
     name: ClassVar[str] = "ria"
     summary: ClassVar[str] = "sets to zero the weights with the smallest share of their row and column; no training"
     stage: ClassVar[Stage] = Stage.SPARSE
+    decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {"sparsity": 0.0}
     baseline: ClassVar[str] = "wanda"
 

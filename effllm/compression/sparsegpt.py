@@ -32,6 +32,7 @@ class SparseGpt:
     name: ClassVar[str] = "sparsegpt"
     summary: ClassVar[str] = "sets weights to zero and adjusts the others to keep what leaves each layer; no training"
     stage: ClassVar[Stage] = Stage.SPARSE
+    decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {"sparsity": 0.0}
     baseline: ClassVar[str] = "magnitude"
 

@@ -30,6 +30,7 @@ class Wanda:
     name: ClassVar[str] = "wanda"
     summary: ClassVar[str] = "sets to zero the weights that matter least on calibration texts; no training"
     stage: ClassVar[Stage] = Stage.SPARSE
+    decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {"sparsity": 0.0}
     baseline: ClassVar[str] = "magnitude:pattern=row"
 

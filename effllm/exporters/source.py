@@ -1,4 +1,4 @@
-"""A transformers model loaded for export: checked, in float32, with the head that the task needs."""
+"""A transformers model loaded for export or compression: checked, in float32, with the head that the task needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from effllm.runtime.pooling import read_pooling
 from effllm.tasks import Head, Task
 
 MODEL_TYPES = frozenset({"bert", "roberta", "distilbert", "electra", "xlm-roberta", "modernbert"})
-"""The model types whose export and compression are tested; others are refused by name."""
+"""The encoders whose export and compression are tested; others are refused by name."""
+DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""The decoders whose compression is tested."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,20 @@ class Source:
 
 
 def load_source(folder: ModelFolder, task: Task) -> Source:
-    """Load a checked folder's model (eager attention, float32, eval mode) and tokenizer.
+    """Load a checked folder's model (float32, eval mode, for encoders with eager attention) and tokenizer.
 
     Raises ArtifactError when the tokenizer is missing or the weights do not fit, Unsupported when the model type is not
     known, is already quantised, or has no trained head for the task.
     """
     kind = str(folder.config["model_type"])
-    if kind not in MODEL_TYPES:
-        raise Unsupported(f"{folder.path} is a {kind!r} model; effllm handles {', '.join(sorted(MODEL_TYPES))}")
+    known = DECODERS if task.causal else MODEL_TYPES
+    if kind not in known:
+        what = f" for {task.name}" if task.causal else ""
+        raise Unsupported(f"{folder.path} is a {kind!r} model; effllm handles {', '.join(sorted(known))}{what}")
     if not has_tokenizer(folder.path):
         raise ArtifactError(f"{folder.path} has no tokenizer files (tokenizer.json, vocab.txt, …)")
-    model, info = load_folder(folder, task.auto_class, attention="eager")
+    # Only an export needs the eager form, whose causal mask takes memory for each text.
+    model, info = load_folder(folder, task.auto_class, attention="sdpa" if task.causal else "eager")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -107,11 +107,15 @@ class Comparison:
 
     @property
     def drop(self) -> float:
-        """How much quality is lost: as a share of the dense metric, or one minus the agreement without labels."""
+        """How much quality is lost: as a share of the dense metric, or one minus the agreement without labels.
+
+        What an error such as perplexity rises by is lost too.
+        """
         if not self.labelled:
             return 1.0 - self.agreement
         dense = self.task.score(self.dense)
-        return (dense - self.task.score(self.other)) / abs(dense) if dense else 0.0
+        lost = dense - self.task.score(self.other)
+        return (-lost if self.task.lower_is_better else lost) / abs(dense) if dense else 0.0
 
     def rows(self) -> list[Row]:
         """Return the comparison as rows."""
@@ -147,12 +151,13 @@ class Comparison:
             if self.retrieval_overlap is not None:
                 values["retrieval overlap"] = self.retrieval_overlap
         else:
-            values["largest logit difference"] = self.largest_difference
+            what = self.task.compared[0].replace("_", " ") if self.task.compared else "logit"
+            values[f"largest {what} difference"] = self.largest_difference
         for metric, value in values.items():
             yield Row(
                 metric=metric,
                 value=value,
-                unit="absolute" if "logit" in metric else "share",
+                unit="absolute" if "difference" in metric else "share",
                 system=self.name,
                 n=len(self.agreements),
                 how={"role": "agreement", "data": self.data, "over": self.dense_name},
@@ -221,7 +226,7 @@ def compare(
         if isinstance(a.value, np.ndarray):
             vectors.append((a.value, b.value))
         for x, y in zip(a.outputs, b.outputs, strict=True):
-            largest = max(largest, *(float(np.abs(x[name] - y[name]).max()) for name in task.outputs))
+            largest = max(largest, *(float(np.abs(x[k] - y[k]).max(initial=0)) for k in task.compared or task.outputs))
     if not agreements:
         raise SettingError(f"{data} has no examples to compare on")
     return Comparison(
@@ -275,7 +280,8 @@ def batch_spread(model: Answerer, examples: Sequence[Example], batch_size: int =
             changes.append(max(0.0, 1.0 - agreed / total))
         else:
             pairs = zip(a.outputs, b.outputs, strict=True)
-            changes.append(max(float(np.abs(x[k] - y[k]).max()) for x, y in pairs for k in model.task.outputs))
+            names = model.task.compared or model.task.outputs
+            changes.append(max(float(np.abs(x[k] - y[k]).max()) for x, y in pairs for k in names))
     return BatchSpread(float(np.mean(changes)), max(changes), "1 - cosine" if cosine else "logit", len(changes))
 
 

@@ -116,16 +116,19 @@ class Predictor:
         return results
 
     def run_batch(self, encodings: Sequence[Encoding]) -> list[Outputs]:
-        """Run encodings as one padded batch and return each one's own outputs, padding removed."""
+        """Run encodings as one padded batch and return what the task keeps of each one's outputs, padding removed."""
         output = self.engine.run(pad_batch(encodings, self.tokenizer.pad_id))
         missing = [name for name in self.task.outputs if name not in output]
         if missing:
             raise ArtifactError(f"{self.name} has no output {missing[0]!r}; its outputs: {', '.join(output)}")
         return [
-            {
-                name: output[name][row, : len(encoding)] if self.task.per_token else output[name][row]
-                for name in self.task.outputs
-            }
+            self.task.condense(
+                encoding,
+                {
+                    name: output[name][row, : len(encoding)] if self.task.per_token else output[name][row]
+                    for name in self.task.outputs
+                },
+            )
             for row, encoding in enumerate(encodings)
         ]
 

@@ -131,6 +131,17 @@ class TextTokenizer:
         first = self._raw(question, passage)
         return [self._encoding(window) for window in (first, *first.overflowing)]
 
+    def encode_all(self, text: str, length: int) -> list[Encoding]:
+        """Encode a text as windows of at most `length` tokens, at least 2, each from the last token of the one before.
+
+        Special tokens stand where they stand in the whole text. A text of no tokens gives no window.
+        """
+        self._backend.no_truncation()
+        whole = self._encoding(self._raw(text, None))
+        parts = ("ids", "type_ids", "special", "word_ids", "sequence_ids", "offsets")
+        starts = range(0, max(len(whole) - 1, min(len(whole), 1)), length - 1)
+        return [dataclasses.replace(whole, **{p: getattr(whole, p)[s : s + length] for p in parts}) for s in starts]
+
     def _encode_truncated(self, text: Any, pair: str | None, *, is_pretokenized: bool = False) -> Encoding:
         self._backend.enable_truncation(self.max_length, strategy="longest_first")
         raw, lost = self._raw(text, pair, is_pretokenized=is_pretokenized), 0

@@ -10,6 +10,7 @@ from effllm.tasks.question_answering import QuestionAnswering
 from effllm.tasks.sentence_similarity import SentenceSimilarity
 from effllm.tasks.task import Example, Head, Task
 from effllm.tasks.text_classification import TextClassification
+from effllm.tasks.text_generation import TextGeneration
 from effllm.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
@@ -21,6 +22,7 @@ TASKS: dict[str, Task] = {
         TextClassification(),
         TokenClassification(),
         QuestionAnswering(),
+        TextGeneration(),
     )
 }
 

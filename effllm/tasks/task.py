@@ -56,12 +56,16 @@ class Task(ABC):
     """The transformers class that loads a model with this task's head."""
     architectures: ClassVar[tuple[str, ...]]
     """Endings of the architecture names that have this head."""
+    causal: ClassVar[bool] = False
+    """True for decoders, in which a token sees those before it alone; they are compressed, not exported or trained."""
     any_model: ClassVar[bool] = False
     """True when every encoder can do the task without a head of its own."""
     scored_by: ClassVar[str] = ""
     """The task that scores this one's answers on labelled data, where this one has no metric of its own."""
     outputs: ClassVar[tuple[str, ...]]
     """The names of the model outputs that the answer is made from."""
+    compared: ClassVar[tuple[str, ...]] = ()
+    """What `condense` keeps that two models are compared by; empty where that is `outputs`."""
     per_token: ClassVar[bool] = True
     """True when the outputs have one entry per token, false when one per text."""
     batch_tokens: ClassVar[int] = 2048
@@ -69,7 +73,9 @@ class Task(ABC):
     columns: ClassVar[Mapping[str, str]]
     """Column name -> what it holds; those of the reference answer are optional when none is needed."""
     metric: ClassVar[str] = ""
-    """The name of the quality metric; larger is better. Empty when the task has none."""
+    """The name of the quality metric. Empty when the task has none."""
+    lower_is_better: ClassVar[bool] = False
+    """True when the metric is an error, which is better the smaller it is."""
 
     @abstractmethod
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
@@ -79,9 +85,13 @@ class Task(ABC):
     def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
         """Tokenise an example into the one or more inputs that the model sees."""
 
+    def condense(self, encoding: Encoding, outputs: Outputs) -> Outputs:
+        """Return what is kept of the raw outputs of one input: by default all of it."""
+        return outputs
+
     @abstractmethod
     def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
-        """Make the answer, a JSON value with scores, from the raw outputs of each encoding."""
+        """Make the answer, a JSON value with scores, from what `condense` kept of each encoding's outputs."""
 
     @abstractmethod
     def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
