@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,10 +84,20 @@ def replace_weights(job: WeightsJob, coded: Mapping[str, Mapping[str, torch.Tens
     load_coded(job, folder)
 
 
-def code_by_bitsandbytes(method: str, job: WeightsJob, config: transformers.BitsAndBytesConfig) -> dict[str, list[str]]:
-    """Let bitsandbytes code the inner linear layers; returns the names of those, and of the others, that stay float."""
+def code_by_bitsandbytes(
+    method: str,
+    job: WeightsJob,
+    config: transformers.BitsAndBytesConfig,
+    fits: Callable[[nn.Linear], bool] = lambda linear: True,
+) -> dict[str, list[str]]:
+    """Let bitsandbytes code the inner linear layers that it `fits`.
+
+    Returns the names of those, and of the others, that stay float.
+    """
     check_plain(method, job.model)
-    names, ignore = list(inner_linears(job.model)), outer_linears(job.model)
+    inner = inner_linears(job.model)
+    names = [name for name, linear in inner.items() if fits(linear)]
+    ignore = [*outer_linears(job.model), *(name for name in inner if name not in names)]
     config.llm_int8_skip_modules = ignore
     job.model.save_pretrained(job.work / "dense")
     load_coded(job, job.work / "dense", config)

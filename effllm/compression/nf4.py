@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
+from torch import nn
 
-from effllm.compression.codes import check_codes, code_by_bitsandbytes
+from effllm.compression.codes import check_codes, code_by_bitsandbytes, inner_linears
 from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.errors import Unsupported
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
+
+
+COLUMNS, ROWS = 64, 32
+"""What a layer's inputs and outputs must divide by: on processors with AVX512-BF16 bitsandbytes packs blocks of these
+sizes at the first product and stops at others. A folder should work on every machine, so others stay float on all."""
+
+
+def fits(linear: nn.Linear) -> bool:
+    """Return whether bitsandbytes can use a layer in 4 bits on every processor."""
+    return linear.in_features % COLUMNS == 0 and linear.out_features % ROWS == 0
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,12 @@ class Nf4:
     )
 
     def check(self, source: Source) -> None:
-        """Raise MissingExtra without bitsandbytes, Unsupported for a pruned model."""
+        """Raise MissingExtra without bitsandbytes, Unsupported for a pruned model and one without a layer that fits."""
         check_codes(self.name, source, package="bitsandbytes", extra="bitsandbytes")
+        if not any(map(fits, inner_linears(source.model).values())):
+            raise Unsupported(
+                f"--method {self.name} codes layers whose inputs divide by {COLUMNS}, outputs by {ROWS}; there is none"
+            )
 
     def apply(self, job: WeightsJob) -> Changed:
         """Hand over the model, its inner linear layers in codes."""
@@ -42,6 +58,6 @@ class Nf4:
             bnb_4bit_use_double_quant=self.double_quantisation,
             bnb_4bit_compute_dtype=torch.float32,
         )
-        details = code_by_bitsandbytes(self.name, job, config)
+        details = code_by_bitsandbytes(self.name, job, config, fits)
         note = "weights are expanded for every product: smaller in memory; on a CPU slower than float32 at these sizes"
         return Changed(details, [note])

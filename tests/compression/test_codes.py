@@ -15,6 +15,7 @@ from effllm.compression import parse_method
 from effllm.compression.codes import inner_linears, outer_linears
 from effllm.compression.fp8 import round_to_e4m3
 from effllm.compression.int4_torch import pack_int32
+from effllm.compression.nf4 import fits
 from effllm.compression.pipeline import compress
 from effllm.errors import MissingExtra, SettingError, Unsupported
 
@@ -55,7 +56,9 @@ def test_layers_are_coded_and_nothing_else(tmp_path: Path, spec: str, architectu
     )
     dense = auto_class.from_pretrained(model)
     stored, before = load_file(variant.path / "model.safetensors"), load_file(model / "model.safetensors")
-    coded = set(inner_linears(dense))
+    inner = inner_linears(dense)
+    coded = {name for name, linear in inner.items() if spec != "nf4" or fits(linear)}
+    assert coded
     for name in coded:
         assert stored.get(f"{name}.weight_packed", stored.get(f"{name}.weight")).dtype == dtype
     for name, tensor in before.items():
@@ -65,7 +68,10 @@ def test_layers_are_coded_and_nothing_else(tmp_path: Path, spec: str, architectu
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     config = json.loads((variant.path / "config.json").read_text())["quantization_config"]
-    assert (config.get("ignore") or config.get("llm_int8_skip_modules") or []) == outer_linears(dense)
+    assert (config.get("ignore") or config.get("llm_int8_skip_modules") or []) == [
+        *outer_linears(dense),
+        *(name for name in inner if name not in coded),
+    ]
     assert loaded is not None
 
 
@@ -96,6 +102,14 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, spec: str, mo
     extra = "int4" if "int4" in spec else "bitsandbytes"
     with pytest.raises(MissingExtra, match=rf"effllm\[{extra}\]"):
         squeeze(tmp_path, "bert", "text-classification", spec)
+
+
+def test_a_model_whose_layers_fit_no_block_is_refused_before_work(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("effllm.compression.nf4.COLUMNS", 48)
+    with pytest.raises(Unsupported, match="inputs divide by 48, outputs by 32; there is none"):
+        squeeze(tmp_path, "bert", "text-classification", "nf4")
+    assert not (tmp_path / "out").exists()
 
 
 def test_groups_that_do_not_divide_are_refused_before_work(tmp_path: Path, monkeypatch) -> None:
