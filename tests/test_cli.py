@@ -15,7 +15,7 @@ import pytest
 from conftest import make_model
 
 import effllm
-from effllm.cli import COMMANDS, main
+from effllm.cli import COMMANDS, entry, main
 from effllm.rows import read_rows
 
 
@@ -271,6 +271,20 @@ def test_an_ended_run_leaves_no_folder_and_a_rerun_works(end: signal.Signals, cl
     effllm.export(classifier, target)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert effllm.Variant.open(target).task == "text-classification"
+
+
+def test_an_interrupt_while_one_is_reported_is_the_same_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("effllm.cli.main", interrupted)
+    try:
+        with pytest.raises(SystemExit) as left:
+            entry()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left.value.code == 130
 
 
 def test_bench_times_only_what_agrees(classifier: Path, exported: Path, tmp_path: Path, capsys) -> None:

@@ -21,6 +21,7 @@ from effllm.compression.texts import Given, choose_texts
 from effllm.data.split import fingerprint
 from effllm.exporters.graph import Graph, module_of
 from effllm.exporters.layout import class_settings
+from effllm.exporters.source import load_source
 from effllm.machine import InstructionSet
 from effllm.variant import sha256
 
@@ -170,7 +171,7 @@ def test_a_broken_gate_leaves_nothing_and_keeps_the_old_folder(made, tmp_path: P
 
 
 def test_calibration_and_gate_share_no_text(classifier: Path) -> None:
-    source = pipeline._open_source(classifier, None)
+    source = load_source(*pipeline._open_folder(classifier, None))
     texts = choose_texts(source, [STATIC], Given(calib=TEXTS + TEXTS[:50]))
     assert not {fingerprint(e) for e in texts.calibration.examples} & {fingerprint(e) for e in texts.gate.examples}
     labelled = choose_texts(source, [STATIC], Given(calib=TEXTS, dev=RECORDS["text-classification"][:20]))

@@ -65,6 +65,9 @@ def cli() -> None:
     """
 
 
+INTERRUPTED = 130
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
@@ -74,10 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        _calm()
         click.echo("interrupted; nothing was written", err=True)
-        return 130
+        return INTERRUPTED
     except EffllmError as error:
         if isinstance(error, GateFailed):
             from effllm.cli.console import print_rows
@@ -93,7 +95,18 @@ def main(arguments: list[str] | None = None) -> int:
 def entry() -> None:
     """Run as the console script."""
     signal.signal(signal.SIGINT, _interrupt)
-    raise SystemExit(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:  # it came again while `main` was about to report it
+        _calm()
+        code = INTERRUPTED
+    raise SystemExit(code)
+
+
+def _calm() -> None:
+    """Let no interrupt follow the one that arrived."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _interrupt(*_: object) -> None:
