@@ -61,10 +61,11 @@ Lines = dict[tuple[str, bool], dict[Place, Recipe]]
 
 def recipes(rows: Sequence[Row], metric: str) -> list[Recipe]:
     """Return the newest measurement of each recipe, the dense model first, then by group and name."""
-    newest = {row.system: row for row in sorted((r for r in rows if r.metric == metric), key=lambda row: row.at)}
+    oldest_first = sorted(rows, key=lambda row: row.at)
+    newest = {row.system: row for row in oldest_first if row.metric == metric}
     found = []
     for name, quality in newest.items():
-        own = [row for row in sorted(rows, key=lambda row: row.at, reverse=True) if row.system == name]
+        own = [row for row in reversed(oldest_first) if row.system == name]
         size = next((row for row in own if row.metric == "model size"), None)
         speeds = tuple(
             next((r for r in own if r.metric == "speed-up" and (r.how.get("batch"), r.how.get("tokens")) == load), None)

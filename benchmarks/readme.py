@@ -49,17 +49,9 @@ def stsb_table() -> str:
         f"{first.machine}; one thread, one interleaved run, medians of 15 rounds; speed-up over ONNX Runtime fp32 "
         f"exported by effllm. {first.at[:10]}. † answers can depend on the other texts in the batch.",
         "",
-        " ".join([_cost_sentence(rows), *map(_speed_elsewhere, sorted(RESULTS.glob("stsb_int8_*.jsonl")))]),
+        _cost_sentence(rows),
     ]
     return "\n".join(lines)
-
-
-def _speed_elsewhere(file: Path) -> str:
-    """Return how much faster int8 was on another machine, whose rows are kept under its name."""
-    rows = read_rows(file)
-    found = (find(rows, "speed-up", "int8", batch=b, tokens=t) for b, t in ((1, 128), (16, 64)))
-    ratios = " and ".join(text.ratio(row.value)[0] for row in found)
-    return f"On another machine ({rows[0].machine}) int8 was {ratios} as fast as float32."
 
 
 def _cells(rows: list[Row], system: str) -> list[str]:

@@ -283,8 +283,7 @@ class Instance:
 
     def _use(self, worker: Worker) -> None:
         if self._closed:
-            worker.stop()
-            worker.kill()
+            worker.close()
             return
         self._worker = worker
         worker.listen(lambda ran: self._ran(worker, ran), lambda: self._ended(worker))
@@ -331,8 +330,7 @@ def _start(settings: WorkerSettings) -> tuple[Worker, Hello]:
     try:
         return worker, worker.hello()
     except BaseException:
-        worker.stop()
-        worker.kill()
+        worker.close()
         raise
 
 

@@ -123,6 +123,11 @@ class Worker:
         self._process.kill()
         self._process.join(5)
 
+    def close(self) -> None:
+        """Stop hearing the process and end it."""
+        self.stop()
+        self.kill()
+
 
 def _work(theirs: socket.socket, settings: WorkerSettings) -> None:
     """Load the model, then run batches until the server closes its end."""
