@@ -22,6 +22,12 @@ class Heard:
     def __init__(self) -> None:
         self.messages: list[Any] = []
         self.ends = 0
+        self.errors: list[Any] = []
+
+    def listen(self, end: socket.socket) -> LoopEnd:
+        """Make the server's end; what its callbacks raise, which a loop only logs, is kept."""
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: self.errors.append(context))
+        return LoopEnd(end, self.messages.append, self.end)
 
     def end(self) -> None:
         self.ends += 1
@@ -42,7 +48,7 @@ def test_messages_go_both_ways_whole_and_in_order(size: int) -> None:
             worker.send(worker.receive())
 
     async def serve() -> None:
-        end = LoopEnd(ours, heard.messages.append, heard.end)
+        end = heard.listen(ours)
         for number in range(5):
             end.send((number, LARGE[:size]))
         await heard.until(5)
@@ -54,6 +60,7 @@ def test_messages_go_both_ways_whole_and_in_order(size: int) -> None:
     thread.join()
     theirs.close()
     assert heard.messages == [(number, LARGE[:size]) for number in range(5)]
+    assert not heard.errors
 
 
 def test_a_worker_that_reads_nothing_does_not_hold_up_the_loop() -> None:
@@ -61,7 +68,7 @@ def test_a_worker_that_reads_nothing_does_not_hold_up_the_loop() -> None:
     worker, heard = BlockingEnd(theirs), Heard()
 
     async def serve() -> list[Any]:
-        end = LoopEnd(ours, heard.messages.append, heard.end)
+        end = heard.listen(ours)
         for number in range(3):
             end.send((number, LARGE))
         got = await asyncio.to_thread(lambda: [worker.receive() for _ in range(3)])
@@ -77,7 +84,7 @@ def test_half_a_message_is_not_handed_over_and_the_end_is_told_once() -> None:
     heard = Heard()
 
     async def serve() -> None:
-        end = LoopEnd(ours, heard.messages.append, heard.end)
+        end = heard.listen(ours)
         whole = pack("whole")
         theirs.sendall(whole + pack("half")[:-1])
         await heard.until(1)
@@ -89,6 +96,7 @@ def test_half_a_message_is_not_handed_over_and_the_end_is_told_once() -> None:
 
     asyncio.run(serve())
     assert heard.messages == ["whole"]
+    assert not heard.errors
     assert heard.ends == 1
 
 
@@ -97,7 +105,7 @@ def test_after_close_nothing_is_heard() -> None:
     heard = Heard()
 
     async def serve() -> None:
-        end = LoopEnd(ours, heard.messages.append, heard.end)
+        end = heard.listen(ours)
         BlockingEnd(theirs).send("unheard")
         end.close()
         await asyncio.sleep(0.05)
