@@ -17,6 +17,7 @@ try:
     from starlette.routing import Route
 
     from effllm.serving import documents, forms
+    from effllm.serving.admission import Admission
     from effllm.serving.exchange import RELEASE, Operation, Receive, Send, Shared
     from effllm.serving.gate import CALL, Gate, send_reply
     from effllm.serving.metrics import Metrics
@@ -39,12 +40,20 @@ NO_TELEMETRY: TelemetryConfig = {
 
 
 def create_app(models: Models, settings: ServeSettings) -> FastAPI:
-    """Return the app that answers for `models`.
+    """Return the app that answers for `models`. Raises SettingError when the key file cannot be read or is empty."""
+    return app_of(admission_to(models, settings))
 
-    The routes come from the table of operations and bypass FastAPI's own parsing, which costs more than a small
-    model. Raises SettingError when the key file cannot be read or is empty.
+
+def admission_to(models: Models, settings: ServeSettings) -> Admission:
+    """Return who is let in to `models`. Raises SettingError when the key file cannot be read or is empty."""
+    return Admission(Shared(models, settings, Metrics(models), read_key(settings.api_key_file)), operations())
+
+
+def app_of(admission: Admission) -> FastAPI:
+    """Return the app behind an admission.
+
+    The routes come from the table of operations and bypass FastAPI's own parsing, which costs more than a small model.
     """
-    shared = Shared(models, settings, Metrics(models), read_key(settings.api_key_file))
     app = FastAPI(
         title="effllm serve",
         version=RELEASE,
@@ -53,11 +62,11 @@ def create_app(models: Models, settings: ServeSettings) -> FastAPI:
         telemetry=NO_TELEMETRY,
         exception_handlers={starlette.exceptions.HTTPException: _no_route},
     )
-    for operation in operations():
-        route = Route(operation.path, _Endpoint(operation, shared), methods=[operation.method], name=operation.path)
-        app.router.routes.append(route)
+    for operation in admission.operations:
+        endpoint = _Endpoint(operation, admission.shared)
+        app.router.routes.append(Route(operation.path, endpoint, methods=[operation.method], name=operation.path))
     app.openapi = documents.document  # type: ignore[method-assign]
-    app.add_middleware(Gate, shared=shared)
+    app.add_middleware(Gate, admission=admission)
     return app
 
 

@@ -5,24 +5,34 @@ uvicorn has no limit on how long a request's head may take or how large it may b
 bytes, and beyond `max_connections` a new connection gets 503 at once. A body that is refused unread is read away for
 `LINGER` seconds, so that the client can finish sending and read why. A client that does not read its answer for
 `timeout` seconds is cut off.
+
+Under overload most requests are refused for their heads. The connection itself answers those, without uvicorn's cycle
+and task for a request.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from effllm.serving.exchange import Reply
 from effllm.serving.settings import ServeSettings
 
 MAX_HEAD = 65536
 LINGER = 2.0
 
+Refusal = Callable[[dict[str, Any]], Reply | None]
+"""What a request of an ASGI scope is refused with; the scope holds what the head does."""
 
-def guarded(settings: ServeSettings) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol with the limits of these settings."""
+
+def guarded(settings: ServeSettings, refuse: Refusal) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with the limits of these settings, and what refuses a request for its head."""
 
     class Guarded(_Guarded):
+        refusal = staticmethod(refuse)
         read_timeout = settings.read_timeout
         max_connections = settings.max_connections
         write_timeout = settings.timeout
@@ -33,6 +43,7 @@ def guarded(settings: ServeSettings) -> type[asyncio.Protocol]:
 class _Guarded(HttpToolsProtocol):
     """One connection."""
 
+    refusal: Refusal
     read_timeout: float
     max_connections: int
     write_timeout: float
@@ -40,6 +51,7 @@ class _Guarded(HttpToolsProtocol):
     _unread: asyncio.TimerHandle | None = None
     _in_body = False
     _head_bytes = 0
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first head, or refuse the connection."""
@@ -73,27 +85,65 @@ class _Guarded(HttpToolsProtocol):
             return
         if not self._in_body:
             self._head_bytes += len(data)
-            if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            if self._timer is None and self._all_answered():
                 self._start(self.read_timeout)
-        elif self._timer is None and self.cycle is not None and self.cycle.response_complete:
+        elif self._timer is None and self._all_answered():
             self._start(LINGER)
         super().data_received(data)
         if not self._in_body and self._head_bytes > MAX_HEAD:
             self._refuse(b"431 Request Header Fields Too Large", b"the head of the request is too large")
 
     def on_headers_complete(self) -> None:
-        """Hand the request to the app."""
+        """Refuse the request, or hand it to the app."""
         self._stop()
         self._in_body = True
         self._head_bytes = 0
-        super().on_headers_complete()
+        reply = self._refusal()
+        self._refused = reply is not None
+        if reply is None:
+            super().on_headers_complete()
+        else:
+            self._answer(reply)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body; that of a refused request is dropped."""
+        if not self._refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Wait for the next head."""
-        super().on_message_complete()
+        if not self._refused:
+            super().on_message_complete()
+        elif not self._keep_alive():
+            self.transport.close()
         self._in_body = False
         self._head_bytes = 0
         self._stop()
+
+    def _all_answered(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _keep_alive(self) -> bool:
+        return self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+
+    def _refusal(self) -> Reply | None:
+        """Return what the request is refused with, if it is its turn to be answered and the client reads answers."""
+        if not self._all_answered() or self.flow.write_paused:
+            return None
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope["method"] = self.parser.get_method().decode("ascii")
+        scope["path"] = self.url.partition(b"?")[0].decode("latin-1")
+        return self.refusal(scope)
+
+    def _answer(self, reply: Reply) -> None:
+        """Answer before the body has come."""
+        lines = [STATUS_LINE[reply.status]]
+        for name, value in (*self.server_state.default_headers, *reply.head()):
+            lines += (name, b": ", value, b"\r\n")
+        if not self._keep_alive():
+            lines.append(b"connection: close\r\n")
+        self.transport.write(b"".join((*lines, b"\r\n", reply.content)))
+        self.on_response_complete()
 
     def _start(self, seconds: float) -> None:
         self._stop()

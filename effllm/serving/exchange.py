@@ -31,7 +31,6 @@ Headers = list[tuple[bytes, bytes]]
 RELEASE = importlib.metadata.version("effllm")
 JSON = b"application/json"
 MAX_JSON_ERROR = 200
-FULL = 429
 
 
 @dataclass(slots=True)
@@ -53,12 +52,21 @@ class Call:
 
 @dataclass(slots=True)
 class Reply:
-    """An answer: its bytes, status and headers, the content type among them."""
+    """An answer: its bytes, status and headers, those besides the usual ones."""
 
     content: bytes
     status: int = 200
     media_type: bytes = JSON
     headers: Headers = field(default_factory=list)
+
+    def head(self) -> Headers:
+        """Return all headers."""
+        return [
+            (b"content-type", self.media_type),
+            (b"content-length", b"%d" % len(self.content)),
+            (b"x-content-type-options", b"nosniff"),
+            *self.headers,
+        ]
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ class Operation:
     """One method on one path.
 
     `body` is the model of its request body, if it takes one; `reply` the type of its answer's JSON, or a content type
-    in words. `errors` are the statuses that it can answer besides 200, those of every request aside.
+    in words. `errors` are the statuses that it can answer besides 200, those of every request aside. One that is
+    `queued` takes a place in its model's queue for each input, and is refused while that queue is full.
     """
 
     method: str
@@ -92,13 +101,12 @@ class Operation:
     reply: Any = None
     errors: tuple[int, ...] = ()
     untyped_body: bool = False
+    queued: bool = False
 
     async def __call__(self, shared: Shared, call: Call, receive: Receive) -> Reply:
         """Read and check the body, and answer. The call ends with `ClientGone` when the client closes meanwhile."""
         if self.method != "POST":
             return await self.answer(shared, call, None)
-        if FULL in self.errors:
-            refuse_if_full(shared.models, call.parameters.get("name"))
         if self.body is not None:
             check_content_type(call.headers, optional=self.untyped_body)
         content = await read_body(call.headers, receive, shared.settings)
@@ -108,18 +116,6 @@ class Operation:
             return await self.answer(shared, call, value)
         finally:
             watcher.cancel()
-
-
-def refuse_if_full(models: Models, name: str | None) -> None:
-    """Raise QueueFull where no model that a request may be for has room, before its body is read.
-
-    The body may name a model too; then the request is refused at once only when all models are full.
-    """
-    named = models.models.get(name or "")
-    asked = [named] if named else list(models.models.values())
-    refusals = [refusal for model in asked if (refusal := model.full)]
-    if asked and len(refusals) == len(asked):
-        raise refusals[0]
 
 
 async def _watch(receive: Receive, call: Call, task: asyncio.Task[Any] | None) -> None:

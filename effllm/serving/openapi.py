@@ -9,9 +9,9 @@ from typing import Any
 import pydantic
 from pydantic.json_schema import models_json_schema
 
+from effllm.serving.admission import OPEN
 from effllm.serving.exchange import RELEASE, Operation
 from effllm.serving.forms import Api
-from effllm.serving.gate import OPEN
 
 REF = "#/components/schemas/{model}"
 ABOUT = """Encoder models over HTTP, on the APIs that people already call: Text Embeddings Inference (TEI), OpenAI's \
@@ -113,6 +113,8 @@ def _operation(operation: Operation, replies: dict[str, Any]) -> dict[str, Any]:
     statuses = set(operation.errors) | {500}
     if operation.path != "/" and not operation.path.startswith(OPEN):
         statuses |= {401}
+    if operation.queued:
+        statuses |= {429, 504}
     if operation.method == "POST":
         statuses |= {408, 413} | (set(BODY_ERRORS) if operation.body is not None else set())
     for status in sorted(statuses):

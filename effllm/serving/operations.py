@@ -8,12 +8,13 @@ from effllm.serving import admin, documents, oip, openai, tei, tei_bodies
 from effllm.serving.exchange import Operation
 from effllm.serving.forms import Api
 
-INFERENCE = (404, 429, 503, 504)
-"""The statuses that every request to a model can get, besides those of every body."""
+OF_MODELS = (404, 503)
+"""The statuses that every request to a model can get, besides those of every body and, where it is queued, 429, 504."""
 FORBIDDEN = 403
 
 Matrix = list[list[float]]
 States = list[list[list[float]]]
+QUEUED = True
 OF_MODEL = "/models/{name}"
 """Before a path of TEI's: the model by name."""
 
@@ -24,25 +25,36 @@ def operations() -> list[Operation]:
 
 
 def _tei() -> list[Operation]:
-    rows: list[tuple[str, Any, str, Any, Any]] = [
-        ("/embed", tei.embed, "Embed texts", tei_bodies.EmbedRequest, Matrix),
-        ("/embed_all", tei.embed_all, "Embed each token of texts", tei_bodies.EmbedAllRequest, States),
+    rows: list[tuple[str, Any, str, Any, Any, bool]] = [
+        ("/embed", tei.embed, "Embed texts", tei_bodies.EmbedRequest, Matrix, QUEUED),
+        ("/embed_all", tei.embed_all, "Embed each token of texts", tei_bodies.EmbedAllRequest, States, QUEUED),
         (
             "/predict",
             tei.predict,
             "Classify, tag, fill masks or answer questions",
             tei_bodies.PredictRequest,
             tei_bodies.PredictResponse,
+            QUEUED,
         ),
-        ("/rerank", tei.rerank, "Order texts by a query", tei_bodies.RerankRequest, list[tei_bodies.Rank]),
-        ("/similarity", tei.similarity, "Compare sentences", tei_bodies.SimilarityRequest, list[float]),
-        ("/tokenize", tei.tokenize, "Tokenise texts", tei_bodies.TokenizeRequest, list[list[tei_bodies.Token]]),
+        ("/rerank", tei.rerank, "Order texts by a query", tei_bodies.RerankRequest, list[tei_bodies.Rank], QUEUED),
+        ("/similarity", tei.similarity, "Compare sentences", tei_bodies.SimilarityRequest, list[float], QUEUED),
+        ("/tokenize", tei.tokenize, "Tokenise texts", tei_bodies.TokenizeRequest, list[list[tei_bodies.Token]], False),
     ]
     made = []
     for prefix, tag in (("", "TEI"), (OF_MODEL, "TEI, a model by name")):
-        for path, answer, summary, body, reply in rows:
+        for path, answer, summary, body, reply, queued in rows:
             made.append(
-                Operation("POST", prefix + path, answer, summary, tag, body=body, reply=reply, errors=INFERENCE)
+                Operation(
+                    "POST",
+                    prefix + path,
+                    answer,
+                    summary,
+                    tag,
+                    body=body,
+                    reply=reply,
+                    errors=OF_MODELS,
+                    queued=queued,
+                )
             )
         errors = (404,) if prefix else ()
         made.append(
@@ -63,7 +75,8 @@ def _openai() -> list[Operation]:
             api,
             body=openai.EmbeddingsRequest,
             reply=openai.EmbeddingsResponse,
-            errors=INFERENCE,
+            errors=OF_MODELS,
+            queued=True,
         ),
         Operation("GET", "/v1/models", openai.models, "The models", tag, api, reply=openai.ModelList),
         Operation("GET", "/v1/models/{name}", openai.model, "One model", tag, api, reply=openai.Model, errors=(404,)),
@@ -103,8 +116,9 @@ def _oip() -> list[Operation]:
                 api,
                 body=oip.InferRequest,
                 reply=oip.InferResponse,
-                errors=INFERENCE,
+                errors=OF_MODELS,
                 untyped_body=True,
+                queued=True,
             ),
         ]
     return made

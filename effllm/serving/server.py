@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from effllm.errors import EffllmError, MissingExtra, SettingError
-from effllm.serving.app import create_app, read_key
+from effllm.serving.app import admission_to, app_of, read_key
 from effllm.serving.served import Models
 from effllm.serving.settings import ServeSettings
 
@@ -107,10 +107,11 @@ async def _serve(
 
 def http_server(models: Models, settings: ServeSettings) -> uvicorn.Server:
     """Return uvicorn's server of the app over `models`; `serve(sockets=[…])` runs it."""
+    admission = admission_to(models, settings)
     return _Server(
         uvicorn.Config(
-            create_app(models, settings),
-            http=guarded(settings),
+            app_of(admission),
+            http=guarded(settings, admission.refusal),
             ws="none",
             lifespan="off",
             log_config=None,
