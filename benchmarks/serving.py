@@ -4,23 +4,26 @@
 
 DIR is an embedding model that `effllm export` or `effllm compress` wrote, such as all-MiniLM-L6-v2. Every server is a
 process of its own with the same threads; the load comes from this process (`effllm bench --url` is the same code) and
-takes its share of the same cores. Writes `results/serving.jsonl`; with `--only`, rows of the other parts stay.
+takes its share of the same cores, except under overload. Writes `results/serving.jsonl`; with `--only`, rows of the
+other parts stay.
 
 - **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor (where
   its environment is given), and the bare loop without a server (tokenise, sort by length, run): 32 clients with 16–64
   and with 8–128 tokens, and one client. Servers whose turn it is not are stopped. Medians of rounds, 95 % intervals of
   medians and of ratios of medians.
-- **overload**: four times as many requests as it can answer, at random times, for a minute.
+- **overload**: four times as many requests as it can answer, at random times, for a minute. A request is more work to
+  send than to refuse, so where there are two cores or more the client has one for itself, and the server the others,
+  with as many threads; its peak is measured in the same way.
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
 - **shapes**: 10,000 requests, each of another number of texts of other lengths; memory over it.
 - **soak**: 80 % of what it can answer, for half an hour; memory and p99 of the first and the last fifth.
 
-Every system has as many threads as there are cores: a server by hand runs as many requests at once as it gets, so fewer
+Every system has as many threads as it has cores: a server by hand runs as many requests at once as it gets, so fewer
 threads would bind the others only (`taskset` limits all of them alike). The machine must be idle otherwise, as beside
 other work the server with the most threads gets the most of the processor.
 
-Texts are common words, one token each. One machine whose cores client and server share; no network, no GPU, embeddings
-only. A model whose answers depend on their batch (dynamic int8) is served one text at a time, but looped in batches.
+Texts are common words, one token each. One machine for client and server; no network, no GPU, embeddings only. A model
+whose answers depend on their batch (dynamic int8) is served one text at a time, but looped in batches.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -205,14 +208,37 @@ def peak_rate(server: ServerProcess, texts: Sequence[str], seconds: float) -> fl
     return len([one for one in run.sent if one.answered and 0 <= one.done_s < seconds]) / seconds
 
 
+def cores_apart(cores: Collection[int]) -> tuple[set[int], set[int]]:
+    """Return the cores of the server and the core of the client, which is the server's where there is no other."""
+    *first, last = sorted(cores)
+    return set(first) or {last}, {last}
+
+
+@contextlib.contextmanager
+def on_cores(cores: Collection[int]) -> Iterator[None]:
+    """Keep this thread, and the processes that it starts in the block for all their lives, on some cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def overload(plan: Plan) -> Iterator[Row]:
     """Measure four times the peak."""
     texts = texts_of_lengths(16, 64, TEXTS)
-    with plan.ours() as server:
+    its, ours = cores_apart(os.sched_getaffinity(0))
+    plan = dataclasses.replace(plan, threads=len(its))
+    with contextlib.ExitStack() as stack:
+        with on_cores(its):
+            server = stack.enter_context(plan.ours())
+        stack.enter_context(on_cores(ours))
         peak = peak_rate(server, texts, max(plan.seconds, 10.0))
         say(f"overload: peak {peak:.0f} texts/s, {4 * peak:.0f} requests/s for {plan.overload_s:g} s")
         run = drive(server, texts, Load(rate=4 * peak, seconds=plan.overload_s, warm_up_s=3.0))
-    how = plan.how("overload", tokens="16–64", max_queue=plan.max_queue)
+    cores = "shared" if its & ours else f"{len(its)} of the server, {len(ours)} of the client"
+    how = plan.how("overload", tokens="16–64", max_queue=plan.max_queue, cores=cores)
     yield from overload_rows(run, peak, plan.max_queue, how)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,6 +38,20 @@ def test_overload_is_held_against_the_peak_and_the_queue() -> None:
     assert found(rows, "refusal p99").value == pytest.approx(4)
     assert found(rows, "request p99").value == pytest.approx(1200)
     assert found(rows, "requests", outcome="429").value == 2700
+
+
+def test_client_and_server_have_cores_of_their_own() -> None:
+    assert serving.cores_apart({2, 0, 1}) == ({0, 1}, {2})
+    assert serving.cores_apart({3}) == ({3}, {3})
+    before = os.sched_getaffinity(0)
+    its, ours = serving.cores_apart(before)
+    sleeper = [sys.executable, "-c", "input()"]
+    with serving.on_cores(its), subprocess.Popen(sleeper, stdin=subprocess.PIPE) as process:
+        with serving.on_cores(ours):
+            assert os.sched_getaffinity(0) == ours
+            assert os.sched_getaffinity(process.pid) == its
+        process.communicate(b"\n")
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_kill_is_judged_by_how_requests_end() -> None:
