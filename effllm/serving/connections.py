@@ -2,9 +2,9 @@
 
 uvicorn has no limit on how long a request's head may take or how large it may be. Here a connection has
 `read_timeout` seconds for each head (body and answer have their own limits in the app), a head at most `MAX_HEAD`
-bytes, and beyond `max_connections` a new connection gets 503 at once. A body that is refused unread is read away for
-`LINGER` seconds, so that the client can finish sending and read why. A client that does not read its answer for
-`timeout` seconds is cut off.
+bytes, and beyond `max_connections` a new connection gets 503 at once: not 429, which is said of a client's requests,
+and none has been read. A body that is refused unread is read away for `LINGER` seconds, so that the client can finish
+sending and read why. A client that does not read its answer for `timeout` seconds is cut off.
 
 Under overload most requests are refused for their heads. The connection itself answers those, without uvicorn's cycle
 and task for a request.
