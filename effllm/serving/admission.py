@@ -41,13 +41,9 @@ class _Queue:
     models: Sequence[ServedModel]
 
     def full(self) -> QueueFull | None:
-        """Return a refusal where none of the models has room. A body may name another model than the first."""
-        refusal = None
-        for model in self.models:
-            refusal = model.full
-            if refusal is None:
-                return None
-        return refusal
+        """Return the first model's refusal where none has room; the body may name any of them."""
+        refusals = [model.full for model in self.models]
+        return refusals[0] if refusals and all(refusals) else None
 
 
 class Admission:
