@@ -8,7 +8,7 @@ were dropped, student layer i learns from teacher layer i · teacher layers / st
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from effllm.compression.method import Changed, Stage, WeightsJob
 from effllm.compression.recovery import check_training, recover
@@ -30,6 +30,9 @@ class Distil:
     steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
     batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
+    precision: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "how training computes products: in fp32, or in bf16 by autocast"}
+    )
     logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})
     hidden: float = field(default=1.0, metadata={"help": "weight of matching its hidden states"})
     attention: float = field(default=0.0, metadata={"help": "weight of matching its last attention relations"})

@@ -37,6 +37,9 @@ class Magnitude:
     prunings: int = field(default=10, metadata={"help": "with epochs: how often weights are taken out on the way"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
     batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
+    precision: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "how training computes products: in fp32, or in bf16 by autocast"}
+    )
     hidden: float = field(default=1.0, metadata={"help": "weight of matching the dense model's hidden states"})
     label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
     seed: int = field(default=0, metadata={"help": "decides order and dropout"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -48,6 +48,9 @@ class Qat:
     steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
     learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
     batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
+    precision: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "how training computes products: in fp32, or in bf16 by autocast"}
+    )
     logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})
     hidden: float = field(default=1.0, metadata={"help": "weight of matching its hidden states"})
     label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})

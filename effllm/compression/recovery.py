@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from effllm.compression.method import WeightsJob
 from effllm.errors import SettingError
@@ -37,15 +37,21 @@ class Training(Protocol):
         """Texts in a step."""
 
     @property
+    def precision(self) -> Literal["fp32", "bf16"]:
+        """How products are computed."""
+
+    @property
     def seed(self) -> int:
         """Decides order and dropout."""
 
 
 def check_training(method: Training) -> None:
     """Raise SettingError for a setting of training that is out of its range."""
-    for key, least in {"epochs": 0, "steps": 0, "learning_rate": 0, "batch_size": 1}.items():
+    for key, least in {"epochs": 0, "steps": 0, "batch_size": 1}.items():
         if getattr(method, key) < least:
             raise SettingError(f"{method.name}: {key} must be at least {least}, got {getattr(method, key)}")
+    if not method.learning_rate > 0:
+        raise SettingError(f"{method.name}: learning_rate must be above 0, got {method.learning_rate}")
     for key in ("logits", "hidden", "attention", "label_weight"):
         if getattr(method, key, 0) < 0:
             raise SettingError(f"{method.name}: {key} must be at least 0, got {getattr(method, key)}")
@@ -75,6 +81,7 @@ def recover(
         learning_rate=method.learning_rate,
         warmup=warmup,
         seed=method.seed,
+        precision=method.precision,
         save_every=0,
         distil_logits=getattr(method, "logits", 1.0),
         distil_hidden=getattr(method, "hidden", 0.0),
