@@ -25,6 +25,7 @@ from effllm import machine
 from effllm.compression import parse_method
 from effllm.compression.pipeline import compress, export
 from effllm.data.readers import read_examples
+from effllm.errors import EffllmError
 from effllm.lineup import BenchSettings, bench
 from effllm.measure.quality import evaluate
 from effllm.rows import Row, read_rows, write_rows
@@ -37,10 +38,14 @@ DISTIL = "distil:steps=600,learning_rate=2e-4,seed={seed}"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of methods, `{seed}` and `{group_size}` standing for those; `after` names the recipe it starts from."""
+    """A row of methods, `{seed}` and `{group_size}` standing for those; `after` names the recipe it starts from.
+
+    `max_drop` is the relative loss that the gate allows: all of it, so that every recipe gives a row, but for a search.
+    """
 
     specs: tuple[str, ...]
     after: str = ""
+    max_drop: float = 1.0
 
     @property
     def trains(self) -> bool:
@@ -72,29 +77,37 @@ RECIPES = {
     "structured 3x": Recipe(("structured:flops=0.33",)),
     "structured 3x + distil": Recipe(("structured:flops=0.33", DISTIL)),
     "structured 3x + distil + int8": Recipe(("int8",), "structured 3x + distil"),
+    "auto": Recipe(("auto:budget_minutes=30",), max_drop=0.01),
     **_sparse(),
 }
 
 
-def make(name: str, recipe: Recipe, model: Path, data: Path, work: Path, seed: int, group_size: int) -> Path:
-    """Return the folder of a recipe, made if it is not there."""
-    out = work / f"{name.replace(' ', '-').replace(':', '-')}-seed{seed}"
-    if not out.exists():
-        start = (
-            make(recipe.after, RECIPES[recipe.after], model, data, work, seed, group_size) if recipe.after else model
-        )
-        compress(
-            start,
-            out,
-            method=[parse_method(spec.format(seed=seed, group_size=group_size)) for spec in recipe.specs],
-            calib=data / "train.jsonl.xz",
-            train=data / "train.jsonl.xz",
-            dev=data / "dev.jsonl",
-            max_drop=1.0,
-            threads=1,
-        )
-        print(f"made {out.name}", flush=True)
-    return out
+@dataclass(frozen=True)
+class Plan:
+    """The flags."""
+
+    model: Path
+    data: Path
+    work: Path
+    group_size: int
+
+    def make(self, name: str, seed: int) -> Path:
+        """Return the folder of a recipe, made if it is not there."""
+        recipe = RECIPES[name]
+        out = self.work / f"{name.replace(' ', '-').replace(':', '-')}-seed{seed}"
+        if not out.exists():
+            compress(
+                self.make(recipe.after, seed) if recipe.after else self.model,
+                out,
+                method=[parse_method(spec.format(seed=seed, group_size=self.group_size)) for spec in recipe.specs],
+                calib=self.data / "train.jsonl.xz",
+                train=self.data / "train.jsonl.xz",
+                dev=self.data / "dev.jsonl",
+                max_drop=recipe.max_drop,
+                threads=1,
+            )
+            print(f"made {out.name}", flush=True)
+        return out
 
 
 def quality(folder: Path, data: Path) -> Row:
@@ -151,33 +164,36 @@ def main() -> None:
     parser.add_argument("--bench", action="store_true", help="also time them in ONNX Runtime")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    data_set = arguments.data.name
+    plan = Plan(arguments.model, arguments.data, arguments.work, arguments.group_size)
+    data_set = plan.data.name
     results = RESULTS / ("compression.jsonl" if data_set == "sst2" else f"compression_{data_set}.jsonl")
     rows = list(read_rows(results)) if results.is_file() else []
-    folders: dict[str, list[Path]] = {}
-    for name in arguments.only.split(","):
-        recipe = RECIPES[name]
-        seeds = range(arguments.seeds if recipe.trains else 1)
-        folders[name] = [
-            make(name, recipe, arguments.model, arguments.data, arguments.work, s, arguments.group_size) for s in seeds
-        ]
+    folders = {"dense": [plan.model]}
+    failed: list[str] = []
+    for name in ("dense", *arguments.only.split(",")):
+        try:
+            if name != "dense":
+                seeds = range(arguments.seeds if RECIPES[name].trains else 1)
+                folders[name] = [plan.make(name, seed) for seed in seeds]
+        except EffllmError as error:
+            failed.append(f"{name}: {error}")
+            continue
         rows = [r for r in rows if not (r.system == name and r.how.get("batch") is None)]
-        rows += rows_of(name, folders[name], arguments.data)
+        rows += rows_of(name, folders[name], plan.data)
         write_rows(results, rows)
         print(
             f"{name:32} {rows[-2].value:.4f} {rows[-2].low} {rows[-2].high}  {rows[-1].value / 1e6:.1f} MB", flush=True
         )
-    rows = [r for r in rows if r.system != "dense"]
-    rows += rows_of("dense", [arguments.model], arguments.data)
     if arguments.bench:
-        timed = [timeable(name, f[0], arguments.work) for name, f in folders.items()]
+        timed = [timeable(name, f[0], plan.work) for name, f in folders.items() if name != "dense"]
         settings = BenchSettings(
-            data=arguments.data / "dev.jsonl", threads=1, tokens=(64, 128), batch_sizes=(1, 16), rounds=15,
-            min_agreement=0.8,
-        )  # fmt: skip
+            data=plan.data / "dev.jsonl", threads=1, tokens=(64, 128), batch_sizes=(1, 16), rounds=15, min_agreement=0.8
+        )
         rows = [r for r in rows if r.how.get("batch") is None]
-        rows += [r for r in bench([arguments.model, *timed], settings) if r.how.get("batch") is not None]
-    write_rows(results, rows)
+        rows += [r for r in bench([plan.model, *timed], settings) if r.how.get("batch") is not None]
+        write_rows(results, rows)
+    if failed:
+        raise SystemExit("\n".join(["not made:", *failed]))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """What `effllm serve` costs over the bare model, what it is worth beside other servers, and what breaks it.
 
     python benchmarks/serving.py DIR [--only peers,overload,kill,shapes,soak] [--litserve-python PYTHON]
+                                     [--infinity-python PYTHON]
 
 DIR is an embedding model that `effllm export` or `effllm compress` wrote, such as all-MiniLM-L6-v2. Every server is a
 process of its own with the same threads; the load comes from this process (`effllm bench --url` is the same code) and
 takes its share of the same cores, except under overload. Writes `results/serving.jsonl`; with `--only`, rows of the
 other parts stay.
 
-- **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor (where
-  its environment is given), and the bare loop without a server (tokenise, sort by length, run): 32 clients with 16–64
-  and with 8–128 tokens, and one client. Servers whose turn it is not are stopped. Medians of rounds, 95 % intervals of
-  medians and of ratios of medians.
+- **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor and
+  infinity (where their environments are given), and the bare loop without a server (tokenise, sort by length, run): 32
+  clients with 16–64 and with 8–128 tokens, and one client. Servers whose turn it is not are stopped. Medians of rounds,
+  95 % intervals of medians and of ratios of medians.
 - **overload**: four times as many requests as it can answer, at random times, for a minute. A request is more work to
   send than to refuse, so where there are two cores or more the client has one for itself, and the server the others,
   with as many threads; its peak is measured in the same way.
@@ -57,7 +58,7 @@ from effllm.measure.statistics import median_interval, ratio_of_medians
 from effllm.rows import Row, read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
-OURS, NAIVE, LITSERVE = "effllm serve", "FastAPI by hand", "LitServe"
+OURS, NAIVE, LITSERVE, INFINITY = "effllm serve", "FastAPI by hand", "LitServe", "infinity"
 LOOP, SORTED_LOOP = "loop, as many texts as clients", "loop, all texts sorted"
 CLIENTS = 32
 TEXTS = 512
@@ -84,6 +85,7 @@ class Plan:
     soak_minutes: float
     max_queue: int
     litserve_python: str
+    infinity_python: str
 
     def ours(self) -> ServerProcess:
         """Return `effllm serve`, not started."""
@@ -162,8 +164,11 @@ def peers(plan: Plan) -> Iterator[Row]:
     if plan.litserve_python:
         command = peer_command("litserve_server.py", plan.folder, plan.threads, plan.litserve_python)
         servers.append(ServerProcess(LITSERVE, command))
-    else:
-        say("LitServe is skipped: no --litserve-python")
+    if plan.infinity_python:
+        command = peer_command("infinity_server.py", plan.folder, plan.threads, plan.infinity_python)
+        servers.append(ServerProcess(INFINITY, command, "openai", "/v1/embeddings"))
+    for name in sorted({LITSERVE, INFINITY} - {server.name for server in servers}):
+        say(f"{name} is skipped: its environment was not given")
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(RawLoop(plan.folder, plan.threads))
         for server in servers:
@@ -407,6 +412,7 @@ def main() -> None:
     parser.add_argument("--soak-minutes", type=float, default=30.0)
     parser.add_argument("--max-queue", type=int, default=256, help="the queue of effllm serve")
     parser.add_argument("--litserve-python", default="", metavar="PYTHON", help="interpreter that has LitServe")
+    parser.add_argument("--infinity-python", default="", metavar="PYTHON", help="interpreter that has infinity")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     flags = parser.parse_args()
     parts = flags.only.split(",")
@@ -423,6 +429,7 @@ def main() -> None:
         soak_minutes=flags.soak_minutes,
         max_queue=flags.max_queue,
         litserve_python=flags.litserve_python,
+        infinity_python=flags.infinity_python,
     )
     for part in parts:
         rows = list(PARTS[part](plan))

@@ -40,13 +40,16 @@ def peer_command(script: str, folder: Path, threads: int, python: str = sys.exec
 
 
 class ServerProcess:
-    """A server under test. Use as a context manager: it is ready inside, and gone with its children afterwards."""
+    """A server under test, which takes texts at a path of an API: those of `effllm.measure.apis`, the model called `m`.
 
-    def __init__(self, name: str, command: list[str]) -> None:
+    Use as a context manager: it is ready inside, and gone with its children afterwards.
+    """
+
+    def __init__(self, name: str, command: list[str], api: str = "tei", path: str = "/embed") -> None:
         self.name = name
         self._port = free_port()
         self._command = [*command, "--port", str(self._port)]
-        self.endpoint = Endpoint(Server.of(f"http://127.0.0.1:{self._port}"), "tei", "/embed")
+        self.endpoint = Endpoint(Server.of(f"http://127.0.0.1:{self._port}"), api, path, "m")
 
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile("w+")

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from effllm.runtime.engine import Engine
 from effllm.runtime.predictor import Predictor, batches
+from effllm.serving.settings import ServeSettings
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=ServeSettings().max_tokens)
     options = parser.parse_args()
     predictor = Predictor.open(options.folder, threads=options.threads)
     backend = Tokenizer.from_file(str(options.folder / "tokenizer.json"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from effllm.compression.method import Changed, Stage, WeightsJob
-from effllm.compression.recovery import check_training, recover
+from effllm.compression.recovery import Training, recover
 from effllm.errors import SettingError
 
 if TYPE_CHECKING:
@@ -19,26 +19,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Distil:
+class Distil(Training):
     """Knowledge distillation from the dense model."""
 
     name: ClassVar[str] = "distil"
     summary: ClassVar[str] = "recovers by learning from the dense model; needs --train, labels are optional"
     stage: ClassVar[Stage] = Stage.TRAIN
 
-    epochs: float = field(default=1.0, metadata={"help": "passes over the training texts"})
-    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
-    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
     logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})
-    hidden: float = field(default=1.0, metadata={"help": "weight of matching its hidden states"})
     attention: float = field(default=0.0, metadata={"help": "weight of matching its last attention relations"})
     temperature: float = field(default=2.0, metadata={"help": "softens both models' logits"})
-    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
-    seed: int = field(default=0, metadata={"help": "decides order and dropout"})
 
     def __post_init__(self) -> None:
-        check_training(self)
+        super().__post_init__()
         if not self.logits + self.hidden + self.attention > 0:
             raise SettingError("distil: one of logits, hidden and attention must have a weight above 0")
 

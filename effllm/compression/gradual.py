@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from effllm.compression.method import Changed, WeightsJob
-from effllm.compression.recovery import Training, check_training, planned_steps, recover
+from effllm.compression.recovery import Training, planned_steps, recover
 from effllm.errors import SettingError
 from effllm.hf import SparseLinear
 
@@ -20,21 +20,18 @@ RISE = 0.7
 """The share of the training in which the sparsity rises; in the rest, the weights that are left settle."""
 
 
-class Gradual(Training, Protocol):
-    """What a method that prunes while it trains says of it."""
+@dataclass(frozen=True, kw_only=True)
+class Gradual(Training):
+    """The settings of a method that prunes while it trains."""
 
-    @property
-    def prunings(self) -> int:
-        """How often it prunes."""
+    prunings: int = field(default=10, metadata={"help": "with training: how often weights are taken out on the way"})
 
-
-def check_gradual(method: Gradual) -> None:
-    """Raise SettingError for a setting of gradual pruning that is out of its range or would have no effect."""
-    check_training(method)
-    if method.prunings < 1:
-        raise SettingError(f"{method.name}: prunings must be at least 1, got {method.prunings}")
-    if method.steps and not method.epochs:
-        raise SettingError(f"{method.name}: steps={method.steps} has no effect without training; give epochs above 0")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prunings < 1:
+            raise SettingError(f"{self.name}: prunings must be at least 1, got {self.prunings}")
+        if self.steps and not self.epochs:
+            raise SettingError(f"{self.name}: steps={self.steps} has no effect without training; give epochs above 0")
 
 
 def cubic(progress: float, final: float) -> float:

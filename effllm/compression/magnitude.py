@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effllm.compression.gradual import check_gradual, cubic, prune_while_training
+from effllm.compression.gradual import Gradual, cubic, prune_while_training
 from effllm.compression.layers import linears
 from effllm.compression.masks import Pattern, check_pattern, set_masks
 from effllm.compression.method import Changed, Stage, WeightsJob
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Gradual):
     """Unstructured or n:m pruning by absolute value."""
 
     name: ClassVar[str] = "magnitude"
@@ -32,18 +32,13 @@ class Magnitude:
     pattern: Literal["layer", "row", "global", "2:4", "4:8"] = field(
         default="layer", metadata={"help": "within what weights compete: a layer, a row, all layers, or n of each m"}
     )
-    epochs: float = field(default=0.0, metadata={"help": "passes over the training texts while pruning; 0 = at once"})
-    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
-    prunings: int = field(default=10, metadata={"help": "with epochs: how often weights are taken out on the way"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
-    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
-    hidden: float = field(default=1.0, metadata={"help": "weight of matching the dense model's hidden states"})
-    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
-    seed: int = field(default=0, metadata={"help": "decides order and dropout"})
+    epochs: float = field(
+        kw_only=True, default=0.0, metadata={"help": "passes over the training texts while pruning; 0 = at once"}
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_pattern(self.name, self.pattern, self.sparsity)
-        check_gradual(self)
 
     def check(self, source: Source) -> None:
         """Raise SettingError where the pattern's groups do not divide a layer's columns."""

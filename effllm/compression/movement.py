@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from effllm.compression.gradual import check_gradual, cubic, prune_while_training
+from effllm.compression.gradual import Gradual, cubic, prune_while_training
 from effllm.compression.layers import linears, replace_linear
 from effllm.compression.masks import Pattern, check_pattern, set_masks
 from effllm.compression.method import Changed, Stage, WeightsJob
@@ -85,7 +85,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Movement:
+class Movement(Gradual):
     """Unstructured or n:m pruning by where training moves the weights."""
 
     name: ClassVar[str] = "movement"
@@ -101,18 +101,12 @@ class Movement:
     penalty: float = field(default=100.0, metadata={"help": "soft: weight of the scores' mean sigmoid, at its highest"})
     threshold: float = field(default=0.1, metadata={"help": "soft: weights whose score has a lower sigmoid go"})
     score_rate: float = field(default=0.01, metadata={"help": "soft: how much of a score changes in a step, at most"})
-    prunings: int = field(default=100, metadata={"help": "how often the masks are chosen anew"})
-    epochs: float = field(default=3.0, metadata={"help": "passes over the training texts"})
-    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
-    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
-    hidden: float = field(default=1.0, metadata={"help": "weight of matching the dense model's hidden states"})
-    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
-    seed: int = field(default=0, metadata={"help": "decides order and dropout"})
+    prunings: int = field(kw_only=True, default=100, metadata={"help": "how often the masks are chosen anew"})
+    epochs: float = field(kw_only=True, default=3.0, metadata={"help": "passes over the training texts"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_pattern(self.name, self.pattern, self.sparsity)
-        check_gradual(self)
         if not (self.epochs > 0 and self.learning_rate > 0):
             raise SettingError("movement: scores are learned; epochs and learning_rate must be above 0")
         if self.selection == "soft" and (self.sparsity, self.pattern) != (0.5, "layer"):

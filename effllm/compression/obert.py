@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from effllm.compression.fisher import per_example_gradients
-from effllm.compression.gradual import check_gradual, cubic, prune_while_training
+from effllm.compression.gradual import Gradual, cubic, prune_while_training
 from effllm.compression.layers import linears, weight_of
 from effllm.compression.masks import Pattern, check_pattern, set_masks
 from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
@@ -37,7 +37,7 @@ BLOCKS = 4096
 
 
 @dataclass(frozen=True)
-class OBert:
+class OBert(Gradual):
     """Unstructured or n:m pruning of second order."""
 
     name: ClassVar[str] = "obert"
@@ -56,20 +56,16 @@ class OBert:
     gradients: int = field(default=256, metadata={"help": "gradients of single texts that make the Fisher matrix"})
     dampening: float = field(default=0.1, metadata={"help": "λ, as a share of the mean of a layer's Fisher diagonal"})
     calibration: int = field(default=256, metadata={"help": "texts that the gradients are taken on"})
-    prunings: int = field(default=4, metadata={"help": "how often weights are taken out, with a new Fisher matrix"})
-    epochs: float = field(
-        default=0.0, metadata={"help": "passes over the training texts while pruning; 0 = no training"}
+    prunings: int = field(
+        kw_only=True, default=4, metadata={"help": "how often weights are taken out, with a new Fisher matrix"}
     )
-    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
-    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
-    hidden: float = field(default=1.0, metadata={"help": "weight of matching the dense model's hidden states"})
-    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
-    seed: int = field(default=0, metadata={"help": "decides texts, draws, order and dropout"})
+    epochs: float = field(
+        kw_only=True, default=0.0, metadata={"help": "passes over the training texts while pruning; 0 = no training"}
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_pattern(self.name, self.pattern, self.sparsity)
-        check_gradual(self)
         check_calibration(self.name, self.calibration)
         for key in ("block_size", "gradients"):
             if getattr(self, key) < 1:

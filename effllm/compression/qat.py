@@ -22,7 +22,7 @@ from effllm.compression.gptq import check_group_size, check_groups
 from effllm.compression.grids import weight_levels
 from effllm.compression.layers import linears
 from effllm.compression.method import Changed, Stage, WeightsJob
-from effllm.compression.recovery import check_training, recover
+from effllm.compression.recovery import Training, recover
 from effllm.errors import SettingError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ MEMORY = 0.99
 
 
 @dataclass(frozen=True)
-class Qat:
+class Qat(Training):
     """Quantisation-aware fine-tuning: a step before int8 or int4."""
 
     name: ClassVar[str] = "qat"
@@ -44,17 +44,11 @@ class Qat:
 
     bits: int = field(default=8, metadata={"help": "bits of the weights: 8, inputs too, or 4, weights alone in groups"})
     group_size: int = field(default=128, metadata={"help": "with 4 bits: weights along a row that share a scale"})
-    epochs: float = field(default=1.0, metadata={"help": "passes over the training texts"})
-    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
-    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
-    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
+    learning_rate: float = field(kw_only=True, default=2e-5, metadata={"help": "peak learning rate"})
     logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})
-    hidden: float = field(default=1.0, metadata={"help": "weight of matching its hidden states"})
-    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
-    seed: int = field(default=0, metadata={"help": "decides order and dropout"})
 
     def __post_init__(self) -> None:
-        check_training(self)
+        super().__post_init__()
         if self.bits not in {4, 8}:
             raise SettingError(f"qat: bits must be 8 or 4, got {self.bits}")
         check_group_size(self.name, self.group_size)

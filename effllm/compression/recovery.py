@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from effllm.compression.method import WeightsJob
 from effllm.errors import SettingError
@@ -13,44 +14,34 @@ from effllm.train.recover import Lesson, retrain
 from effllm.train.settings import FinetuneSettings
 
 
-class Training(Protocol):
-    """What a method that trains says of it; see `Distil` for the units. The weights are those of the losses."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The settings that every method that trains has. Subclasses check their own after these."""
 
-    @property
-    def name(self) -> str:
-        """The method's name."""
+    name: ClassVar[str]
 
-    @property
-    def epochs(self) -> float:
-        """Passes over the training texts."""
+    epochs: float = field(default=1.0, metadata={"help": "passes over the training texts"})
+    steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    batch_size: int = field(default=32, metadata={"help": "texts in one optimiser step"})
+    precision: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "how training computes products: in fp32, or in bf16 by autocast"}
+    )
+    hidden: float = field(default=1.0, metadata={"help": "weight of matching the dense model's hidden states"})
+    label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
+    seed: int = field(default=0, metadata={"help": "decides texts, order and dropout"})
 
-    @property
-    def steps(self) -> int:
-        """Steps to take instead of epochs."""
-
-    @property
-    def learning_rate(self) -> float:
-        """The peak learning rate."""
-
-    @property
-    def batch_size(self) -> int:
-        """Texts in a step."""
-
-    @property
-    def seed(self) -> int:
-        """Decides order and dropout."""
-
-
-def check_training(method: Training) -> None:
-    """Raise SettingError for a setting of training that is out of its range."""
-    for key, least in {"epochs": 0, "steps": 0, "learning_rate": 0, "batch_size": 1}.items():
-        if getattr(method, key) < least:
-            raise SettingError(f"{method.name}: {key} must be at least {least}, got {getattr(method, key)}")
-    for key in ("logits", "hidden", "attention", "label_weight"):
-        if getattr(method, key, 0) < 0:
-            raise SettingError(f"{method.name}: {key} must be at least 0, got {getattr(method, key)}")
-    if not getattr(method, "temperature", 1.0) > 0:
-        raise SettingError(f"{method.name}: temperature must be positive, got {getattr(method, 'temperature', 1.0)}")
+    def __post_init__(self) -> None:
+        for key, least in {"epochs": 0, "steps": 0, "batch_size": 1}.items():
+            if getattr(self, key) < least:
+                raise SettingError(f"{self.name}: {key} must be at least {least}, got {getattr(self, key)}")
+        if not self.learning_rate > 0:
+            raise SettingError(f"{self.name}: learning_rate must be above 0, got {self.learning_rate}")
+        for key in ("logits", "hidden", "attention", "label_weight"):
+            if getattr(self, key, 0) < 0:
+                raise SettingError(f"{self.name}: {key} must be at least 0, got {getattr(self, key)}")
+        if not getattr(self, "temperature", 1.0) > 0:
+            raise SettingError(f"{self.name}: temperature must be positive, got {getattr(self, 'temperature', 1.0)}")
 
 
 def planned_steps(job: WeightsJob, method: Training) -> int:
@@ -75,12 +66,13 @@ def recover(
         learning_rate=method.learning_rate,
         warmup=warmup,
         seed=method.seed,
+        precision=method.precision,
         save_every=0,
         distil_logits=getattr(method, "logits", 1.0),
-        distil_hidden=getattr(method, "hidden", 0.0),
+        distil_hidden=method.hidden,
         distil_attention=getattr(method, "attention", 0.0),
         temperature=getattr(method, "temperature", 2.0),
-        label_weight=getattr(method, "label_weight", 0.0),
+        label_weight=method.label_weight,
     )
     source = job.source
     teacher, _ = load_folder(open_folder(source.folder.path), source.task.auto_class)

@@ -16,7 +16,7 @@ class ServeSettings:
     port: int = field(default=8080, metadata={"help": "port to listen on; 0 = any free one"})
     engine: Literal["onnxruntime", "openvino"] = field(default="onnxruntime", metadata={"help": "what runs the models"})
     threads: int = field(default=0, metadata={"help": "threads per model; 0 = the cores that this process may use"})
-    max_tokens: int = field(default=1024, metadata={"help": "padded tokens in one batch"})
+    max_tokens: int = field(default=512, metadata={"help": "padded tokens in one batch"})
     max_queue: int = field(default=256, metadata={"help": "inputs waiting per model; beyond it requests get 429"})
     max_inputs: int = field(default=128, metadata={"help": "inputs in one request"})
     max_body: int = field(default=2_000_000, metadata={"help": "bytes in the body of one request"})

@@ -51,6 +51,8 @@ SMALL = {
     "distil_steps": 2,
     "budget_minutes": 0.001,
 }
+DAMAGED = "magnitude"
+"""Whose folder is damaged in a test."""
 TEXTS = [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(4 + i % 9)) for i in range(40)]
 FEEDS = {
     "input_ids": np.array([[2, 7, 11, 30, 3, 0], [2, 40, 3, 0, 0, 0]], dtype=np.int64),
@@ -122,11 +124,11 @@ def train_file(folder: Path, task: str) -> Path:
     return file
 
 
-def make_all(root: Path, architecture: str) -> Made:
+def make_all(root: Path, architecture: str, names: Iterable[str]) -> Made:
     task = TASKS[architecture]
     made = Made(make_model(root / "dense", architecture, task), train_file(root, task), {}, {}, {})
     source = shutil.copytree(made.dense, root / "source")
-    for name in METHODS:
+    for name in names:
         try:
             made.folders[name] = run(source, root / name, row_of(name), made.train)
         except EffllmError as error:
@@ -141,9 +143,11 @@ def make_all(root: Path, architecture: str) -> Made:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """What `make_all` makes of an architecture, when it is first asked for."""
-    return functools.cache(lambda architecture: make_all(tmp_path_factory.mktemp(architecture), architecture))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """What `make_all` makes of an architecture, when it is first asked for: the methods whose tests were chosen."""
+    chosen = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    names = [name for name in METHODS if name in chosen | {DAMAGED}]
+    return functools.cache(lambda architecture: make_all(tmp_path_factory.mktemp(architecture), architecture, names))
 
 
 def over_architectures(names: Iterable[str], quick: Collection[str] = QUICK) -> pytest.MarkDecorator:
@@ -390,7 +394,7 @@ def test_a_model_that_another_tool_quantised_is_refused(made: Callable[[str], Ma
 def test_damaged_sizes_in_the_config_are_one_clear_error(
     made: Callable[[str], Made], damage: Callable[[dict[str, Any]], Any], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(made("bert").folders["magnitude"], tmp_path / "damaged")
+    folder = shutil.copytree(made("bert").folders[DAMAGED], tmp_path / "damaged")
     (folder / "effllm.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     damage(next(iter(config["quantization_config"]["linears"].values())))

@@ -97,6 +97,18 @@ def test_written_and_read_again(classifier, texts, tmp_path):
         assert int((linear.weight == 0).sum()) == linear.weight.numel() // 2, name
 
 
+@pytest.mark.parametrize("spec", ["distil:steps=4,batch_size=4", f"magnitude:{TRAINED}"])
+def test_training_in_bf16_goes_the_way_of_fp32(classifier, tmp_path, spec):
+    weights = []
+    for more in ("learning_rate=1e-12", "precision=fp32", "precision=bf16"):
+        job = make_job(classifier, tmp_path / more, train=24)
+        parse_method(f"{spec},{more}").apply(job)
+        weights.append(torch.cat([linear.weight.detach().flatten() for linear in linears(job.model).values()]))
+    still, exact, rounded = weights
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.5 * (exact - still).norm()
+
+
 def test_scores_get_the_straight_through_gradient():
     torch.manual_seed(0)
     layer = MovementLinear.of(nn.Linear(3, 2, bias=False))
@@ -124,6 +136,7 @@ def test_the_penalty_is_added_once_a_step():
     [
         ("magnitude:steps=5", "no effect without training"),
         ("magnitude:epochs=1,prunings=0", "prunings must be at least 1"),
+        ("distil:learning_rate=0", "learning_rate must be above 0"),
         ("movement:epochs=0", "epochs and learning_rate must be above 0"),
         ("movement:selection=soft,sparsity=0.9", "comes of penalty"),
         ("movement:threshold=0.7", "threshold between 0 and 0.5"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effllm.serving.scheduler import WASTE, Scheduler
+from effllm.serving.scheduler import LOOK_AHEAD, SAVED, Scheduler
 
 
 def drain(scheduler: Scheduler) -> list[list[tuple[int, int]]]:
@@ -35,7 +35,8 @@ def test_every_input_runs_once_within_the_budget(requests: list[list[int]], budg
     while batch := scheduler.next_batch():
         lengths = [place.length for place in batch]
         padded = max(lengths) * len(lengths)
-        assert len(batch) == 1 or (mix and padded <= budget and padded - sum(lengths) <= WASTE * padded)
+        assert len(batch) == 1 or (mix and padded <= budget)
+        assert padded - sum(lengths) <= SAVED * (len(batch) - 1)
         seen += [(place.request, place.index) for place in batch]
     assert sorted(seen) == [(n, i) for n, lengths in enumerate(requests) for i in range(len(lengths))]
     assert len(scheduler) == 0
@@ -78,6 +79,16 @@ def test_like_lengths_run_together() -> None:
     while batch := scheduler.next_batch():
         padded += max(place.length for place in batch) * len(batch)
     assert padded < 1.1 * sum(lengths)
+
+
+def test_nothing_is_overtaken_from_beyond_the_look_ahead() -> None:
+    scheduler = Scheduler(1024)
+    scheduler.add(0, [8])
+    for number in range(1, LOOK_AHEAD):
+        scheduler.add(number, [100 + 10 * number])
+    scheduler.add(LOOK_AHEAD, [8])
+    assert [place.request for place in scheduler.next_batch()] == [0]
+    assert [place.request for place in scheduler.next_batch()] == [1]
 
 
 def test_a_removed_request_does_not_run() -> None:
