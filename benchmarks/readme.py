@@ -210,6 +210,9 @@ def decoder_table() -> str:
     return "\n".join([*lines, "", f"{dense.machine}; {made}; one seed."])
 
 
+OURS = "effllm serve"
+
+
 def serving_table() -> str:
     """Return texts per second and waiting times of the servers and of the loop without one, and what broke."""
     rows = read_rows(RESULTS / "serving.jsonl")
@@ -230,19 +233,23 @@ def serving_table() -> str:
             times += f", p99 {p99.value:.0f} ms" if p99 else ""
             cells.append(f"{rate.value:.0f} texts/s{times}" if rate else "–")
         lines.append(f"| {system} | {' | '.join(cells)} |")
-    first = find(rows, "throughput served", "effllm serve", part="peers", clients=32, tokens="8–128")
-    goodput = find(rows, "goodput, share of peak", "effllm serve")
-    errors = find(rows, "server errors", "effllm serve", part="overload")
-    killed, lost = (find(rows, metric, "effllm serve") for metric in ("workers killed", "requests without a clear end"))
+    first = find(rows, "throughput served", OURS, part="peers", clients=32, tokens="8–128")
+    goodput = find(rows, "goodput, share of peak", OURS)
+    errors = find(rows, "server errors", OURS, part="overload")
+    killed, lost = (find(rows, metric, OURS) for metric in ("workers killed", "requests without a clear end"))
     ends = (
         f"Under four times its load for a minute it answered {goodput.value:.0%} of its peak, with {errors.value:.0f} "
         f"server errors; with {killed.value:.0f} workers killed under load {lost.value:.0f} requests were lost."
     )
     over = {"shapes": "10,000 requests of random shapes", "soak": "half an hour at 80 % of its peak"}
     for part, what in over.items():
-        growth = find(rows, "memory growth", "effllm serve", part=part)
+        growth = find(rows, "memory growth", OURS, part=part)
         if growth:
             ends += f" Over {what} its memory grew by {growth.value:.1%}."
+    fifths = [find(rows, "request p99 of a fifth", OURS, part="soak", fifth=fifth) for fifth in ("first", "last")]
+    if all(fifths):
+        first_p99, last_p99 = (fifth.value for fifth in fifths)
+        ends += f" In the first fifth of that half hour p99 was {first_p99:.0f} ms, in the last {last_p99:.0f} ms."
     how = f"all-MiniLM-L6-v2 in int8, medians of {first.n} interleaved rounds, client and server on the same cores"
     return "\n".join([*lines, "", f"{first.machine}; {how}. {ends}"])
 

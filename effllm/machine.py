@@ -83,7 +83,8 @@ def cpu_name() -> str:
 
 def describe() -> str:
     """Return the machine in one line, as rows carry it."""
-    return f"{cpu_name()} ({instruction_set().name}), {usable_cores()} cores, {platform.system()}"
+    cores = usable_cores()
+    return f"{cpu_name()} ({instruction_set().name}), {cores} core{'s' * (cores > 1)}, {platform.system()}"
 
 
 def versions() -> dict[str, str]:
