@@ -6,7 +6,7 @@
     ├── MissingExtra           an optional package is needed for this; names the extra        exit 2
     ├── Unsupported            valid input that effllm does not handle                        exit 2
     ├── CheckFailed            an export differs from its parent by more than the tolerance   exit 3
-    ├── TrainingStopped        a loss or gradient is not finite; the last checkpoint stands   exit 3
+    ├── TrainingStopped        a run cannot go on, or has no compiler for --compile           exit 3
     └── GateFailed             a quality gate was broken; carries the comparison              exit 3
 
 Any other exception is a bug of effllm and keeps its traceback.
@@ -58,7 +58,7 @@ class CheckFailed(EffllmError):
 
 
 class TrainingStopped(EffllmError):
-    """A run cannot go on: a loss or gradient is not finite. The last checkpoint stands."""
+    """A run cannot go on: a loss or gradient is not finite, or a compiler is missing. The last checkpoint stands."""
 
     exit_code = 3
 

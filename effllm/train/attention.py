@@ -3,7 +3,8 @@
 A packed batch is one row (1, T) that holds n sequences one after the other, without padding. Everything in an encoder
 acts on single tokens but for attention, which must not reach across sequences. `register` gives transformers an
 attention and a mask function under the name `effllm_packed`; a model loaded with that `attn_implementation` takes the
-sequences' places as the keyword `sequence_index`, made by `sequence_index`.
+sequences' places as the keyword `sequence_index`, made by `sequence_index`. All sizes follow from the shapes of what is
+handed in, so that `torch.compile` takes a model whole, for every batch.
 
 On a GPU with effllm_kernels and triton installed, the packed row goes to its kernel as it is. Elsewhere PyTorch's
 scaled-dot-product attention runs on the sequences gathered to (n, S), S the longest: on the CPU, where the other layers
@@ -16,6 +17,7 @@ import functools
 import importlib.util
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -36,15 +38,14 @@ def implementation() -> str:
     return "effllm_kernels" if installed and torch.cuda.is_available() else "torch"
 
 
-def sequence_index(lengths: torch.Tensor) -> torch.Tensor:
+def sequence_index(lengths: np.ndarray) -> np.ndarray:
     """Return the places of the sequences' tokens in a packed row: int64 (n, S), -1 where a sequence has ended.
 
     `lengths` (n,) int64, S the largest of them.
     """
-    width = int(lengths.max())
-    places = torch.arange(width, device=lengths.device).expand(len(lengths), width)
-    starts = torch.cumsum(lengths, 0) - lengths
-    return torch.where(places < lengths[:, None], places + starts[:, None], -1)
+    places = np.arange(lengths.max())
+    starts = np.cumsum(lengths) - lengths
+    return np.where(places < lengths[:, None], places + starts[:, None], -1)
 
 
 class Spread(torch.autograd.Function):
@@ -108,7 +109,7 @@ def _packed_attention(
     if query.is_cuda and implementation() == "effllm_kernels":
         return _in_kernels(query, key, value, real, dropout, scaling, sliding_window)[None], None
     # Sequences of one length need no padding: the row is cut by a view.
-    places = None if n * width == query.shape[2] else torch.nonzero(real.reshape(-1))[:, 0]
+    places = None if n * width == query.shape[2] else torch.nonzero_static(real.reshape(-1), size=query.shape[2])[:, 0]
 
     def unpack(x: torch.Tensor) -> torch.Tensor:
         rows = x[0].transpose(0, 1)

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.run import Run, write_model
+from effllm.train.sharding import load_whole
 from effllm.variant import Variant, create, write_manifest
 
 AVERAGE = "average"
@@ -22,20 +24,24 @@ AVERAGE = "average"
 WEIGHTS = "model.safetensors"
 
 
-def add_average(run: Run, count: int, device: torch.device) -> Path | None:
+def add_average(run: Run, count: int, accelerator: Accelerator) -> Path | None:
     """Evaluate the mean of the last `count` checkpoints of a run that has ended; write it where it is the best.
 
-    Returns its folder, None where it is not better or there are no two checkpoints. Changes the weights of `run`.
+    Returns its folder; None where it is not better, where there are no two checkpoints, and on other processes than the
+    main one. Changes the weights of `run`. As they may be spread over them, every process must call this.
     """
+    accelerator.wait_for_everyone()
     folders = sorted((run.folder / CHECKPOINTS).glob("step-*"))[-count:]
     if len(folders) < 2:
         return None
     best = Variant.open((run.folder / "best").resolve()).manifest["progress"]["score"]
     weights = mean_weights(folders)
-    run.module.model.load_state_dict(weights, strict=False)
+    load_whole(run.module.model, weights)
     run.module.eval()
-    found = run.evaluate(run.module, device)
+    found = run.evaluate(run.module, accelerator.device)
     if found is None or found.score <= best:
+        return None
+    if not accelerator.is_main_process:
         return None
     target = run.folder / CHECKPOINTS / AVERAGE
     progress = {"score": found.score, "averaged": [folder.name for folder in folders]}

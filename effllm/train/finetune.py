@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 from effllm.data.labels import read_labels
 from effllm.data.readers import read_examples
 from effllm.data.split import digest
-from effllm.errors import SettingError, Unsupported, unknown_name
+from effllm.errors import SettingError, unknown_name
 from effllm.folder import ModelFolder, open_folder, read_json
 from effllm.measure.quality import evaluate
 from effllm.runtime.pooling import read_pooling
@@ -30,6 +30,7 @@ from effllm.train.loop import StepRecord
 from effllm.train.publish import RESULT, publish, write_result
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, tokenizer_files, train
 from effllm.train.settings import FinetuneSettings
+from effllm.train.sharding import gathered
 from effllm.train.supervised import SupervisedModel, SupervisedSource, make_items
 from effllm.variant import check_target, weights_digest
 
@@ -104,10 +105,6 @@ def _runs(
     force: bool,
 ) -> Iterator[FinetuneStep]:
     accelerator = make_accelerator(settings)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise Unsupported(
-            "fine-tuning does not shard models (FSDP); launch it with torchrun --nproc-per-node N -m effllm"
-        )
     if accelerator.is_main_process and work.exists() and not resume:
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
@@ -182,8 +179,8 @@ def _run(
         patience=settings.patience,
     )
     yield from train(run, accelerator, checkpoint)
-    if settings.average and accelerator.is_main_process:
-        add_average(run, settings.average, accelerator.device)
+    if settings.average:
+        add_average(run, settings.average, accelerator)
 
 
 def _with_steps(settings: FinetuneSettings, items: int) -> FinetuneSettings:
@@ -232,7 +229,8 @@ class DevMetric:
         folder = ModelFolder(self.goal.folder.path, inner.model.config.to_dict())
         engine = TorchEngine(inner.model)
         predictor = Predictor("model", folder, self.goal.task, self.tokenizer, engine)
-        rows, _ = evaluate(predictor, self.goal.dev, self.goal.dev_name)
+        with gathered(inner):
+            rows, _ = evaluate(predictor, self.goal.dev, self.goal.dev_name)
         return Evaluation(rows[0].value, rows)
 
 

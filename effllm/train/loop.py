@@ -98,8 +98,8 @@ class Loop:
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model without what distributes or compiles it, whose parameters have the same names everywhere."""
-        bare: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        """The model without what distributes it, whose parameters have the same names everywhere."""
+        bare: nn.Module = self.accelerator.unwrap_model(self.model)
         return bare
 
     def run(self) -> Iterator[StepRecord]:

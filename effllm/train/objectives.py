@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from effllm.data.samples import OBJECTIVES
 from effllm.errors import SettingError, Unsupported
-from effllm.train.attention import Pick, sequence_index
+from effllm.train.attention import Pick
 
 IGNORED = -100
 PAIR_MODELS = ("bert",)
@@ -55,7 +55,7 @@ class MaskedLanguageModel(nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         type_ids: torch.Tensor,
-        lengths: torch.Tensor,
+        sequence_index: torch.Tensor,
         masked_positions: torch.Tensor,
         labels: torch.Tensor,
         pair_labels: torch.Tensor,
@@ -65,14 +65,15 @@ class MaskedLanguageModel(nn.Module):
         In eval mode one more entry counts the masked tokens whose most probable token is the right one.
 
         `input_ids`, `position_ids` (from 0 in each sequence) and `type_ids` are int64 (T,), one packed row of sequences
-        with `lengths` (n,); `masked_positions` and `labels` (M,); `pair_labels` (n,), -100 where a sequence has none.
+        whose places are `sequence_index` (n, S), as `sequence_index` makes it; `masked_positions` and `labels` (M,);
+        `pair_labels` (n,), -100 where a sequence has none.
         """
         self._picked.masked = masked_positions
-        self._picked.first = torch.cumsum(lengths, 0) - lengths
+        self._picked.first = sequence_index[:, 0]
         inputs = {
             "input_ids": input_ids[None],
             "position_ids": position_ids[None] + self._offset,
-            "sequence_index": sequence_index(lengths),
+            "sequence_index": sequence_index,
         }
         if self._segments:
             inputs["token_type_ids"] = type_ids[None]

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from effllm.errors import ArtifactError, SettingError, unknown_name
+from effllm.train.sharding import placed_like
 
 Betas = tuple[float, float]
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -233,16 +234,9 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
             if value.shape != expected:
                 raise ArtifactError(f"{full!r} has shape {tuple(value.shape)}, expected {tuple(expected)}")
             device = torch.device("cpu") if scalar and not fused[parameter] else parameter.device
-            loaded.setdefault(parameter, {})[wanted[full]] = _placed_like(parameter, value, device)
+            copy = value.detach().clone().to(device) if scalar else placed_like(parameter, value)
+            loaded.setdefault(parameter, {})[wanted[full]] = copy
     if left:
         raise ArtifactError(f"the optimizer's state has {next(iter(left))!r}, unknown to this model and optimizer")
     optimizer.state.clear()
     optimizer.state.update(loaded)
-
-
-def _placed_like(parameter: Tensor, value: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of `value` on a device, sharded as the parameter is where it has the parameter's shape."""
-    copy = value.detach().clone().to(device)
-    if isinstance(parameter, DTensor) and value.ndim:
-        return distribute_tensor(copy, parameter.device_mesh, parameter.placements)
-    return copy

@@ -19,7 +19,7 @@ from effllm.data.vocabulary import Vocabulary
 from effllm.errors import SettingError
 from effllm.rows import Row
 from effllm.settings import to_json
-from effllm.train.attention import implementation
+from effllm.train.attention import implementation, sequence_index
 from effllm.train.branch import Trunk
 from effllm.train.checkpoint import Progress
 from effllm.train.loop import MicroBatch, StepRecord, to_tensors
@@ -70,7 +70,7 @@ def micro_batch(batch: PackedBatch, *, pairs: bool = False) -> MicroBatch:
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "type_ids": batch.type_ids,
-        "lengths": batch.lengths,
+        "sequence_index": sequence_index(batch.lengths),
         "masked_positions": batch.masked_positions,
         "labels": batch.labels,
         "pair_labels": batch.pair_labels,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from effllm.errors import SettingError, TrainingStopped
 from effllm.rows import Row
 from effllm.train import checkpoint as checkpoints
 from effllm.train.checkpoint import Progress
+from effllm.train.compiled import check_compiled, compile_forward, uncompiled
 from effllm.train.loop import Loop, StepRecord, StepSource
 from effllm.train.optimizers import build_optimizer
 from effllm.train.runlog import RunLog
@@ -72,13 +74,16 @@ class Run:
 def make_accelerator(settings: LoopSettings) -> Accelerator:
     """Return accelerate's view of this process among those of the run: devices, precision, DDP or FSDP.
 
-    Raises SettingError when a batch is too small to be split over the processes, or these cannot shard the model.
+    Raises SettingError when a batch is too small to be split over the processes, or these cannot shard the model;
+    Unsupported or TrainingStopped when it can't be compiled.
     """
     precision = "bf16" if settings.precision == "bf16" else "no"
     # A run before this one in the same process may have had another precision, which accelerate keeps.
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, fsdp_plugin=sharding())
     check_sharded(accelerator)
+    if settings.compile:
+        check_compiled(accelerator)
     parts = accelerator.num_processes * settings.accumulate
     if settings.batch_size < parts:
         raise SettingError(
@@ -112,9 +117,9 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
     s = run.settings
     optimizer = build_optimizer(s.optimizer, run.module, s.learning_rate, s.weight_decay, (s.beta1, s.beta2), s.epsilon)
     name_layers(accelerator, run.module)
-    model, optimizer = accelerator.prepare(run.module, optimizer)
     if s.compile:
-        model = torch.compile(model, dynamic=True)
+        compile_forward(run.module)
+    model, optimizer = accelerator.prepare(run.module, optimizer)
     loop = Loop(accelerator, model, optimizer, run.source, s, run.module.components)
     keeper = _Keeper(run, loop)
     if checkpoint:
@@ -201,7 +206,8 @@ class _Keeper:
 
     def _evaluate(self) -> Evaluation | None:
         self.loop.model.eval()
-        found = self.run.evaluate(self.loop.model, self.loop.accelerator.device)
+        with uncompiled() if self.run.settings.compile else contextlib.nullcontext():
+            found = self.run.evaluate(self.loop.model, self.loop.accelerator.device)
         self.loop.model.train()
         return found
 

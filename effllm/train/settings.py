@@ -40,7 +40,7 @@ class LoopSettings:
     precision: Literal["fp32", "bf16"] = field(
         default="fp32", metadata={"help": "how products are computed: in fp32, or in bf16 by autocast"}
     )
-    compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
+    compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile, in the first step"})
     workers: int = field(default=0, metadata={"help": "processes that prepare batches; does not change results"})
     seed: int = field(default=0, metadata={"help": "decides initial weights, order, masks and dropout"})
     log_every: int = field(default=10, metadata={"help": "steps between lines of the log"})
@@ -135,6 +135,8 @@ class FinetuneSettings(LoopSettings):
             raise SettingError(f"--max-length must be at least 8, got {self.max_length}")
         if not (self.dropout == -1 or 0 <= self.dropout < 1):
             raise SettingError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.compile and self.distil_hidden:
+            raise SettingError("--distil-hidden cannot be compiled; leave out --compile or --distil-hidden")
         if not self.temperature > 0:
             raise SettingError(f"--temperature must be positive, got {self.temperature}")
         for name in (*TEACHING, "patience", "eval_every", "average"):

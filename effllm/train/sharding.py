@@ -6,13 +6,15 @@ computes without sharding: parameters travel and add up in float32, and `--preci
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from effllm.errors import SettingError
 
@@ -53,6 +55,37 @@ def name_layers(accelerator: Accelerator, module: nn.Module) -> None:
     if plugin and plugin.transformer_cls_names_to_wrap is None:
         lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for outer in lists for layer in outer})
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather what is sharded outside the layers, which gather their own, so that a part of a module can run by itself.
+
+    Every process must enter and run the same. A module that is not sharded is left as it is.
+    """
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def placed_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a copy of `value`, of the parameter's shape, on its device and sharded as it is."""
+    copy = value.detach().clone().to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(copy, parameter.device_mesh, parameter.placements)
+    return copy
+
+
+def load_whole(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put whole tensors into a model, sharded or not, in place, by their names in its state dict."""
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in weights.items():
+            state[name].copy_(placed_like(state[name], value))
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,7 +13,7 @@ from test_attention import random_model
 from torch.nn import functional
 
 from effllm.errors import SettingError, Unsupported
-from effllm.train.attention import NAME, register
+from effllm.train.attention import NAME, register, sequence_index
 from effllm.train.objectives import MaskedLanguageModel
 
 LENGTHS = [20, 9, 13]
@@ -26,7 +27,7 @@ def packed_batch(vocabulary: int = 300) -> dict[str, torch.Tensor]:
         "input_ids": torch.randint(5, vocabulary, (total,), generator=generator),
         "position_ids": torch.cat([torch.arange(n) for n in LENGTHS]),
         "type_ids": torch.zeros(total, dtype=torch.int64),
-        "lengths": torch.tensor(LENGTHS),
+        "sequence_index": torch.from_numpy(sequence_index(np.array(LENGTHS))),
         "masked_positions": masked,
         "labels": torch.randint(5, vocabulary, (len(masked),), generator=generator),
         "pair_labels": torch.tensor([1, 0, -100]),
@@ -85,7 +86,7 @@ def test_the_head_keeps_at_most_35_percent_of_the_dense_memory_at_20_percent_mas
         "input_ids": ids,
         "position_ids": torch.arange(128).repeat(4),
         "type_ids": torch.zeros_like(ids),
-        "lengths": torch.full((4,), 128),
+        "sequence_index": torch.arange(512).view(4, 128),
         "pair_labels": torch.full((4,), -100),
     }
     few, everything = torch.arange(0, total, 5), torch.arange(total)

@@ -1,13 +1,15 @@
-"""What an FSDP config may ask for; a sharded run itself is tested in test_pretrain.py."""
+"""What an FSDP config may ask for, and sharded weights; sharded runs are tested in test_processes.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from runs import free_port
+from test_sharded_optimizers import Small
+from torch import distributed, nn
 
 from effllm.errors import SettingError
-from effllm.train.sharding import sharding, whole_weights
+from effllm.train.sharding import gathered, load_whole, sharding, whole_weights
 
 
 @pytest.fixture
@@ -47,3 +49,34 @@ def test_shared_weights_stay_shared() -> None:
     assert whole["a.weight"] is whole["b.weight"]
     assert whole.keys() == model.state_dict().keys()
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def worker(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (2,))
+        plain, sharded, ids = Small(), Small(), torch.arange(11)
+        for layer in sharded.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        sharded(ids).sum().backward()
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+        load_whole(sharded, plain.state_dict())
+        found = whole_weights(sharded)
+        assert all(torch.equal(found[name], tensor) for name, tensor in plain.state_dict().items())
+        with torch.inference_mode(), gathered(sharded):
+            torch.testing.assert_close(Small.forward(sharded, ids), plain(ids))
+        assert all(isinstance(parameter, distributed.tensor.DTensor) for parameter in sharded.parameters())
+        sharded(ids).sum().backward()
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_whole_weights_go_into_a_sharded_model_whose_parts_then_run() -> None:
+    torch.multiprocessing.spawn(worker, args=(free_port(),), nprocs=2)
