@@ -47,7 +47,11 @@ CASES = {
     "banking77": Case("text-classification", FinetuneSettings(epochs=4, learning_rate=2e-4)),
     "stsb-en": Case("sentence-similarity", FinetuneSettings(epochs=3, learning_rate=3e-5)),
     "wnut17": Case("token-classification", FinetuneSettings(epochs=5, learning_rate=2e-4)),
-    "squad11": Case("question-answering", FinetuneSettings(epochs=1, learning_rate=2e-4), train=6000),
+    "squad11": Case(
+        "question-answering",
+        FinetuneSettings(epochs=1, learning_rate=2e-4, precision="bf16", eval_every=10**6),
+        train=12000,
+    ),
 }
 
 
