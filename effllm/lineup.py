@@ -76,8 +76,8 @@ class Entrant:
 def bench(models: Sequence[str | Path], settings: BenchSettings | None = None, track: Track = silent) -> list[Row]:
     """Measure models against each other and return the rows.
 
-    A folder with weights runs on torch in float32 and bfloat16 and, exported on the fly, on ONNX Runtime in float32; a
-    folder that effllm wrote runs as it is. All are compared with the first model's float32 form.
+    A folder with weights runs on torch in float32 and bfloat16 and, exported on the fly, on ONNX Runtime in float32; an
+    ONNX folder that effllm wrote runs as it is. All are compared with the first model's float32 form.
 
     Raises CheckFailed, before anything is timed, when a system agrees less than `min_agreement` with the dense model.
     """

@@ -92,7 +92,7 @@ def to_json(settings: Any) -> dict[str, Any]:
 
 
 def describe(cls: type[Any]) -> list[tuple[str, str, str, str]]:
-    """Return (key, type, default, help) for each field, keyword-only ones last, for `--help` and `effllm show`."""
+    """Return (key, type, default, help) for each field, keyword-only ones last, for `effllm show`."""
     hints = typing.get_type_hints(cls)
     return [
         (f.name, _type_name(hints[f.name]), str(f.default), f.metadata.get("help", ""))

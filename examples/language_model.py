@@ -13,7 +13,6 @@ nats of a much larger language. Chinese takes a byte-level BPE, English a WordPi
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -43,7 +42,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("language-model"))
     arguments = parser.parse_args()
     out = arguments.out
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        parser.error(f"{out} exists; choose another --out")
     out.mkdir(parents=True)
     preparation, sentences = LANGUAGES[arguments.language]
     texts = arguments.texts or [python_prose(out / "python.txt")]

@@ -61,7 +61,7 @@ def cli() -> None:
     """Make encoder models smaller and faster, with proof.
 
     MODEL is a model folder or a hub id. Results go to stdout, progress to stderr. Exit codes: 0 done, 2 the input is
-    wrong, 3 a quality gate or check failed and nothing was written.
+    wrong, 3 a quality gate or check failed and --out was not written.
     """
 
 
@@ -76,9 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         _calm()
-        click.echo("interrupted; nothing was written", err=True)
+        click.echo(f"interrupted; {error.__cause__ or 'nothing was written'}", err=True)
         return INTERRUPTED
     except EffllmError as error:
         if isinstance(error, GateFailed):

@@ -30,7 +30,7 @@ Examples:
 @COLUMNS
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --data.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of every system.")
-@click.option("--tokens", default="16,64,128", show_default=True, help="Sequence lengths to time; with --url, 16-64.")
+@click.option("--tokens", default="16,64,128", show_default=True, help="Sequence lengths to time; with --url also a range, as 16-64.")
 @click.option("--batch", "batch_sizes", default="1,16", show_default=True, help="Batch sizes to time.")
 @click.option("--rounds", type=click.IntRange(min=3), default=11, show_default=True, help="Interleaved repeats.")
 @click.option("--engine", "engines", multiple=True, metavar="NAME", help="Also run every ONNX folder on this engine.")
@@ -39,7 +39,7 @@ Examples:
     type=click.FloatRange(0, 1),
     default=0.9,
     show_default=True,
-    help="Do not time a system that agrees less with the dense model.",
+    help="Stop, before anything is timed, where a system agrees less with the dense model.",
 )
 @JSON
 @HTML
@@ -64,13 +64,13 @@ def bench(
     """Measure MODEL… against each other: quality, agreement, speed, size, memory.
 
     A model folder with weights runs on torch in float32 and bfloat16 and, exported on the fly, on ONNX Runtime in
-    float32; a folder that effllm wrote runs as it is. Each system has its own warm process and the same threads; runs
+    float32; an ONNX folder that effllm wrote runs as it is. Each system has its own warm process and the same threads; runs
     are interleaved. The first MODEL is the dense parent that the others are compared with.
 
     With --url a running server is measured instead: this one's, TEI's, infinity's or any with their APIs. Closed loops
     (--clients) send when the last answer came; open loops (--rate) send at random times and count latency from when a
-    request was due, so that waiting in line is counted too. Texts are those of --data, else English sentences, else of
-    the lengths in --tokens.
+    request was due, so that waiting in line is counted too. Texts are those of --data, or of the lengths in --tokens,
+    else English sentences.
     """
     check_flags(context, settings, models)
     if settings.url:

@@ -70,8 +70,8 @@ def compress(
 
     MODEL (a folder or a hub id) goes through the methods in order, is compared with the dense model on the same
     examples and reloaded from disk. The folder appears only when all of that went well. After int8 it is an ONNX folder
-    that loads in ONNX Runtime, sentence-transformers, optimum-onnx, fastembed and transformers.js; after methods of the
-    weights alone it is a transformers folder.
+    that loads in ONNX Runtime, sentence-transformers, optimum-onnx, fastembed and transformers.js, after int4 one for
+    ONNX Runtime; after methods of the weights alone it is a transformers folder.
     """
     from pathlib import Path
 
@@ -108,4 +108,5 @@ def compress(
         write_html(html_file, variant.rows, f"{Path(model).name}: {', '.join(specs)}", variant.manifest["notes"])
     for note in variant.manifest["notes"]:
         say(f"· {note}")
-    say(f"wrote {variant.path} — try: effllm bench {model} {variant.path}")
+    more = f"bench {model} {variant.path}" if variant.manifest["model_file"] else f"eval {variant.path} --data FILE"
+    say(f"wrote {variant.path} — try: effllm {more}")

@@ -53,7 +53,7 @@ def finetune(
     from effllm.variant import Variant, check_target
 
     check_target(Path(out), force=force)
-    from effllm.cli.training import follow
+    from effllm.cli.training import follow, is_first_process
     from effllm.data.readers import parse_columns
     from effllm.train.finetune import finetune as run
 
@@ -71,6 +71,8 @@ def finetune(
         force=force,
     )
     follow(((f"seed {s.seed}  " if seeds > 1 else "", s.record) for s in steps), settings.log_every)
+    if not is_first_process():
+        return
     variant = Variant.open(Path(out))
     if variant.rows and json_file != "-":
         print_rows(variant.rows)

@@ -41,7 +41,8 @@ def settings_options(cls: type[Any], skip: Sequence[str] = (), argument: str = "
             text = str(f.metadata["help"])
             text = text[0].upper() + text[1:] + "."
             if kind is bool:
-                function = click.option(f"{flag}/--no-{flag[2:]}", f.name, default=f.default, help=text)(function)
+                both = f"{flag}/--no-{flag[2:]}"
+                function = click.option(both, f.name, default=f.default, show_default=True, help=text)(function)
             else:
                 shown = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
                 option = click.option(flag, f.name, type=shown, default=f.default, show_default=True, help=text)

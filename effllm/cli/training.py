@@ -17,8 +17,22 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run that keeps checkpoints; its text tells how to go on."""
+
+
 def follow(records: Iterable[tuple[str, StepRecord]], log_every: int) -> None:
-    """Draw steps, each with the name of its run, on stderr; of several processes only the first says anything."""
+    """Draw steps, each with the name of its run, on stderr; of several processes only the first says anything.
+
+    Raises Interrupted for Ctrl-C.
+    """
+    try:
+        _draw(records, log_every)
+    except KeyboardInterrupt:
+        raise Interrupted("the checkpoints stay, and the same command with --resume goes on from the last") from None
+
+
+def _draw(records: Iterable[tuple[str, StepRecord]], log_every: int) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

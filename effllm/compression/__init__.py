@@ -37,7 +37,7 @@ METHODS = {
     "int4": "effllm.compression.int4:Int4",
     "auto": "effllm.compression.auto:Auto",
 }
-"""Method name -> `module:class` of its settings dataclass, in the order in which they stand in a row. A method is one
+"""Method name -> `module:class` of its settings dataclass, in the order of `effllm show methods`. A method is one
 file and one line here."""
 
 __all__ = ["METHODS", "Int8", "check_decoder", "check_order", "method_class", "parse_method"]

@@ -17,8 +17,8 @@ class Layer:
 
     `projections` are the linear layers whose rows belong to heads, `heads * size` rows of queries, keys and values each
     (one layer with all three where they are fused); `attention_out` has a column per such row. `ffn_in` has a row
-    per neuron, or two where gate and value are fused (`gated`: the value's rows come after the gate's); `ffn_out` has a
-    column per neuron.
+    per neuron, or two where gate and value are fused, the value's rows after the gate's; `ffn_out` has a column per
+    neuron.
     """
 
     name: str
@@ -27,24 +27,23 @@ class Layer:
     head_size: int
     ffn_in: str
     ffn_out: str
-    gated: bool
 
 
-# Names inside a layer: the projections, the attention's output, the FFN's two linear layers, and whether it is gated.
+# Names inside a layer: the projections, the attention's output, the FFN's two linear layers.
 BERT = (
     ("attention.self.query", "attention.self.key", "attention.self.value"),
-    *("attention.output.dense", "intermediate.dense", "output.dense", False),
+    *("attention.output.dense", "intermediate.dense", "output.dense"),
 )
-ANATOMY: dict[str, tuple[tuple[str, ...], str, str, str, bool]] = {
+ANATOMY: dict[str, tuple[tuple[str, ...], str, str, str]] = {
     "bert": BERT,
     "roberta": BERT,
     "xlm-roberta": BERT,
     "electra": BERT,
     "distilbert": (
         ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-        *("attention.out_lin", "ffn.lin1", "ffn.lin2", False),
+        *("attention.out_lin", "ffn.lin1", "ffn.lin2"),
     ),
-    "modernbert": (("attn.Wqkv",), "attn.Wo", "mlp.Wi", "mlp.Wo", True),
+    "modernbert": (("attn.Wqkv",), "attn.Wo", "mlp.Wi", "mlp.Wo"),
 }
 """Model type -> where its layers hold what. A new encoder is one line here."""
 
@@ -62,7 +61,7 @@ def layers(model: Any) -> list[Layer]:
     kind = str(model.config.model_type)
     if kind not in ANATOMY:
         raise Unsupported(f"heads and neurons of a {kind!r} model are not known; known: {', '.join(ANATOMY)}")
-    projections, attention_out, ffn_in, ffn_out, gated = ANATOMY[kind]
+    projections, attention_out, ffn_in, ffn_out = ANATOMY[kind]
     name, modules = layer_list(model)
     size = int(model.config.hidden_size) // int(model.config.num_attention_heads)
     return [
@@ -73,7 +72,6 @@ def layers(model: Any) -> list[Layer]:
             head_size=size,
             ffn_in=f"{name}.{i}.{ffn_in}",
             ffn_out=f"{name}.{i}.{ffn_out}",
-            gated=gated,
         )
         for i in range(len(modules))
     ]

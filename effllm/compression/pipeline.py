@@ -123,7 +123,7 @@ def compress(
             cast(WeightsMethod, one).check(source)
     texts = choose_texts(source, methods, given)
     with create(target, force=force) as staging:
-        run = _Run(source, texts, staging, methods, max_drop, cores, track)
+        run = _Run(source, texts, staging, methods, max_drop, cores, track, notes=list(texts.notes))
         made = run.graph(cast(GraphMethod, methods[-1])) if methods[-1].stage is Stage.GRAPH else run.weights()
         shutil.rmtree(run.work)
         source = dataclasses.replace(made.source, task=task_of(source.folder, task))

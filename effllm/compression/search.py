@@ -118,7 +118,7 @@ def search(
 ) -> Variant:
     """Run the search of `auto` on a model and publish the best trial as `target`.
 
-    The trials are in `.TARGET.search` beside it until the search has ended, from where the same command goes on. Raises
+    The trials are in `.TARGET.search` beside it until one is published, from where the same command goes on. Raises
     GateFailed with the rows of all trials when none is within `max_drop`.
     """
     distils = [parse_method("distil")] if given.train is not None else []
@@ -132,7 +132,7 @@ def search(
     try:
         best = auto.search(runs, max_drop, distil=given.train is not None)
     except GateFailed as error:
-        raise GateFailed(str(error), _rows(runs.all)) from None
+        raise GateFailed(f"{error}; the trials stay in {searches} for another --max-drop", _rows(runs.all)) from None
     with create(target, force=force) as staging:
         shutil.copytree(folder / best.folder, staging, dirs_exist_ok=True)
         parts = read_manifest(staging)

@@ -1,7 +1,7 @@
 """English text that every CPython carries: the language reference's topics, as sentences.
 
 It serves where the user gives no text of their own: to calibrate, and to measure agreement with the dense model. It is
-technical prose, some 3,000 sentences; text of the user's own domain is better.
+technical prose, more than 2,000 sentences; text of the user's own domain is better.
 """
 
 from __future__ import annotations

@@ -57,10 +57,6 @@ class Graph:
                 readers.setdefault(name, []).append(node)
         return readers
 
-    def makers(self) -> dict[str, NodeProto]:
-        """Return for each value the node that makes it."""
-        return {name: node for node in self.model.graph.node for name in node.output}
-
     def replace_nodes(self, nodes: Iterable[NodeProto]) -> None:
         """Set the graph's nodes, in topological order."""
         nodes = list(nodes)

@@ -21,29 +21,28 @@ MODE_KEYS = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """How token states become one vector; `declared` is false when the folder does not say and mean was assumed."""
+    """How token states become one vector; the mean where the folder does not say."""
 
     mode: str = "mean"
     normalize: bool = False
-    declared: bool = False
 
 
 def read_pooling(folder: Path) -> Pooling:
     """Read a folder's pooling. Raises Unsupported for modules other than transformer, pooling and normalisation."""
     modules = read_json(folder / "modules.json", [])
-    mode, declared, normalize = "mean", False, False
+    mode, normalize = "mean", False
     for module in modules:
         if not isinstance(module, dict) or not isinstance(module.get("path", ""), str):
             raise ArtifactError(f"{folder / 'modules.json'} must list modules with a type and a path")
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
             config = read_json(folder / module.get("path", "") / "config.json")
-            mode, declared = _mode(config, folder), True
+            mode = _mode(config, folder)
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
             raise Unsupported(f"{folder}: module {kind!r} is not supported (Transformer, Pooling and Normalize are)")
-    return Pooling(mode, normalize, declared)
+    return Pooling(mode, normalize)
 
 
 def _mode(config: Any, folder: Path) -> str:

@@ -1,14 +1,16 @@
 """Which inputs run next: a queue and a packer, without threads, clocks or models.
 
-Requests share the engine by start-time fair queueing (Goyal, Vin and Cheng 1996, section 2): an input is tagged with
-the virtual time at which it would start if every request were served alone at an equal rate, and the smallest tag runs
-first. So a request of one text that comes after one of a hundred waits for a batch, not for a hundred texts. A batch
-goes out whenever one is asked for; nothing waits for company.
+Requests share the engine by fair queueing. An input is tagged with the virtual time at which it would start if every
+request were served at an equal rate, and the smallest tag runs first (start-time fair queueing: Goyal, Vin and Cheng
+1996, section 2). Virtual time grows by the work that is done over the number of requests that share it (Demers, Keshav
+and Shenker 1989), so that neither a request of one text waits for somebody's hundred, nor the hundred for ever new
+requests of one. A batch goes out whenever one is asked for; nothing waits for company.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -27,7 +29,7 @@ class Place:
     request: int
     index: int
     length: int
-    tag: int
+    tag: float
 
 
 class Scheduler:
@@ -42,7 +44,8 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._mix = mix
         self._waiting: dict[tuple[int, int], Place] = {}
-        self._clock = 0
+        self._left: Counter[int] = Counter()
+        self._clock = 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -53,11 +56,13 @@ class Scheduler:
         for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
             self._waiting[request, index] = Place(request, index, lengths[index], tag)
             tag += lengths[index]
+        self._left[request] += len(lengths)
 
     def remove(self, request: int) -> None:
         """Forget the inputs of a request that still wait."""
         for key in [key for key in self._waiting if key[0] == request]:
             del self._waiting[key]
+        self._left.pop(request, None)
 
     def next_batch(self) -> list[Place]:
         """Take out the inputs to run next, empty when none waits.
@@ -69,9 +74,13 @@ class Scheduler:
         if not due:
             return []
         batch = self._pack(due[0], due[1:])
-        self._clock = max(self._clock, due[0].tag)
+        work = sum(place.length for place in batch)
+        self._clock = max(self._clock, due[0].tag) + work / len(self._left)
         for place in batch:
             del self._waiting[place.request, place.index]
+            self._left[place.request] -= 1
+            if not self._left[place.request]:
+                del self._left[place.request]
         return batch
 
     def _pack(self, first: Place, others: Sequence[Place]) -> list[Place]:

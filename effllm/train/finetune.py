@@ -105,7 +105,11 @@ def _runs(
     force: bool,
 ) -> Iterator[FinetuneStep]:
     accelerator = make_accelerator(settings)
-    if accelerator.is_main_process and work.exists() and not resume:
+    interrupted = work.exists() and not resume
+    accelerator.wait_for_everyone()
+    if interrupted and not force:
+        raise SettingError(f"{work} holds an interrupted run; --resume goes on with it, --force starts anew")
+    if accelerator.is_main_process and interrupted:
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     for seed in range(settings.seed, settings.seed + seeds):

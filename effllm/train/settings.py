@@ -99,6 +99,8 @@ class PretrainSettings(LoopSettings):
 class FinetuneSettings(LoopSettings):
     """How to fine-tune."""
 
+    steps: int = field(default=0, metadata={"help": "optimiser steps to take; 0 = by --epochs or --seconds"})
+    seconds: float = field(default=0.0, metadata={"help": "wall-clock budget; the schedule follows it; 0 = none"})
     epochs: float = field(default=3.0, metadata={"help": "passes over the training data, unless --steps or --seconds"})
     batch_size: int = field(default=32, metadata={"help": "examples in one optimiser step, over all processes"})
     learning_rate: float = field(default=5e-5, metadata={"help": "peak learning rate"})

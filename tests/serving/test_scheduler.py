@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,6 +51,27 @@ def test_a_small_request_does_not_wait_for_a_huge_one() -> None:
     scheduler.next_batch()
     scheduler.add(1, [64])
     assert (1, 0) in drain(scheduler)[0]
+
+
+@pytest.mark.parametrize("clients", [4, 32, 250])
+@pytest.mark.parametrize("inputs", [2, 8])
+def test_a_request_of_several_texts_gets_its_share_among_ever_new_ones_of_one(clients: int, inputs: int) -> None:
+    scheduler = Scheduler(512)
+    rng = np.random.default_rng(0)
+    fresh = iter(range(1, 10**6))
+    for number in itertools.islice(fresh, clients):
+        scheduler.add(number, [int(rng.integers(16, 64))])
+    scheduler.add(0, [40] * inputs)
+    left, others, running = inputs, 0, [scheduler.next_batch(), scheduler.next_batch()]
+    while left:
+        batch = running.pop(0)
+        left -= sum(place.request == 0 for place in batch)
+        for place in batch:
+            if place.request:
+                others += 1
+                scheduler.add(next(fresh), [int(rng.integers(16, 64))])
+        assert others < 1.5 * (clients + 1) * inputs + 64
+        running.append(scheduler.next_batch())
 
 
 def test_two_huge_requests_share() -> None:
