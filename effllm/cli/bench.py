@@ -30,7 +30,12 @@ Examples:
 @COLUMNS
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --data.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of every system.")
-@click.option("--tokens", default="16,64,128", show_default=True, help="Sequence lengths to time; with --url also a range, as 16-64.")
+@click.option(
+    "--tokens",
+    default="16,64,128",
+    show_default=True,
+    help="Lengths to time; with --url also a range, as 16-64.",
+)
 @click.option("--batch", "batch_sizes", default="1,16", show_default=True, help="Batch sizes to time.")
 @click.option("--rounds", type=click.IntRange(min=3), default=11, show_default=True, help="Interleaved repeats.")
 @click.option("--engine", "engines", multiple=True, metavar="NAME", help="Also run every ONNX folder on this engine.")
@@ -64,8 +69,8 @@ def bench(
     """Measure MODEL… against each other: quality, agreement, speed, size, memory.
 
     A model folder with weights runs on torch in float32 and bfloat16 and, exported on the fly, on ONNX Runtime in
-    float32; an ONNX folder that effllm wrote runs as it is. Each system has its own warm process and the same threads; runs
-    are interleaved. The first MODEL is the dense parent that the others are compared with.
+    float32; an ONNX folder that effllm wrote runs as it is. Each system has its own warm process and the same threads;
+    runs are interleaved. The first MODEL is the dense parent that the others are compared with.
 
     With --url a running server is measured instead: this one's, TEI's, infinity's or any with their APIs. Closed loops
     (--clients) send when the last answer came; open loops (--rate) send at random times and count latency from when a

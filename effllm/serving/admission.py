@@ -54,7 +54,7 @@ class Admission:
         self.operations = operations
         self._queues = _queues(shared, operations)
         self._counted: Counter[tuple[str, int]] = Counter()
-        self._counted_until = 0.0
+        self._counting = False
 
     def refusal(self, scope: dict[str, Any]) -> Reply | None:
         """Return the answer to a request that no queue has room for, and note it; None lets the request in.
@@ -108,10 +108,10 @@ class Admission:
         """
         seconds = time.perf_counter() - call.started
         self.shared.metrics.done(call.template, status, seconds)
-        if call.started < self._counted_until:
+        if self._counting:
             self._counted[call.template, status] += 1
             return
-        self._counted_until = call.started + SUMMARY_S
+        self._counting = True
         asyncio.get_running_loop().call_later(SUMMARY_S, self._log_counted)
         _log(call, status, seconds)
 
@@ -119,7 +119,7 @@ class Admission:
         for (template, status), count in self._counted.items():
             log.info("- POST %s %d requests=%d", template, status, count)
         self._counted.clear()
-        self._counted_until = 0.0
+        self._counting = False
 
 
 def _log(call: Call, status: int, seconds: float) -> None:

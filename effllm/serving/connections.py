@@ -96,6 +96,7 @@ class _Guarded(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Refuse the request, or hand it to the app."""
         self._stop()
+        self._unset_keepalive_if_required()  # that of a refusal before it, in the same packet
         self._in_body = True
         self._head_bytes = 0
         reply = self._refusal()
@@ -115,10 +116,19 @@ class _Guarded(HttpToolsProtocol):
         if not self._refused:
             super().on_message_complete()
         elif not self._keep_alive():
-            self.transport.close()
+            self._close()
         self._in_body = False
         self._head_bytes = 0
         self._stop()
+        if self._all_answered() and not self.transport.is_closing() and self.timeout_keep_alive_task is None:
+            # The body came after its answer, and its coming stopped the clock that the answer had started.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection."""
+        self._close()
 
     def _all_answered(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -157,7 +167,7 @@ class _Guarded(HttpToolsProtocol):
     def _expired(self) -> None:
         self._timer = None
         if self._in_body or not self._head_bytes:
-            self.transport.close()
+            self._close()
         else:
             self._refuse(b"408 Request Timeout", b"the head of the request did not come in time")
 
@@ -171,4 +181,12 @@ class _Guarded(HttpToolsProtocol):
             b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%s\r\n%s"
             % (status, len(body), headers, body)
         )
+        self._close()
+
+    def _close(self) -> None:
+        """Close, and cut off a client that does not read what is still to be sent."""
+        if self.transport.is_closing():
+            return
         self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(self.write_timeout, self.transport.abort)

@@ -154,6 +154,24 @@ def test_a_refusal_comes_before_the_body(models: FakeModels) -> None:
         assert answers_on(connection, 1)[0].startswith(b"HTTP/1.1 200 ")
 
 
+def test_an_idle_connection_is_closed_though_a_body_came_after_its_refusal(models: FakeModels) -> None:
+    with live(models, QUICK) as url, connected(url) as connection:
+        whole = post("/embed", b"a" * 1000)
+        connection.sendall(whole[:-500])
+        assert answers_on(connection, 1)[0].startswith(b"HTTP/1.1 429 ")
+        connection.sendall(whole[-500:])
+        assert received(connection) == b""
+
+
+def test_the_idle_clock_of_a_refusal_does_not_cut_off_the_request_behind_it(models: FakeModels) -> None:
+    slow = models.models["minilm"]
+    slow.full, slow.delay = None, 1.5  # the idle clock goes in whole seconds
+    with live(models, QUICK) as url, connected(url) as connection:
+        connection.sendall(post("/models/films/predict", BODY) + post("/models/minilm/embed", BODY))
+        found = answers_on(connection, 2)
+    assert [answer.split()[1] for answer in found] == [b"429", b"200"]
+
+
 def test_pipelined_requests_keep_their_order(models: FakeModels) -> None:
     slow = models.models["minilm"]
     slow.full, slow.delay = None, 0.3
