@@ -16,7 +16,7 @@ from effllm.runtime.tokenizer import INPUTS
 
 
 class TorchEngine:
-    """A transformers model in float32."""
+    """A transformers model in float32, on whatever device it is."""
 
     dtype = torch.float32
 
@@ -35,9 +35,10 @@ class TorchEngine:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one padded batch."""
+        device = next(self._model.parameters()).device
         with torch.inference_mode():
-            output = self._model(**{name: torch.from_numpy(feeds[name]) for name in self.inputs})
-        return {name: value.float().numpy() for name, value in output.items() if isinstance(value, torch.Tensor)}
+            output = self._model(**{name: torch.from_numpy(feeds[name]).to(device) for name in self.inputs})
+        return {name: value.float().cpu().numpy() for name, value in output.items() if isinstance(value, torch.Tensor)}
 
 
 class TorchBf16Engine(TorchEngine):

@@ -17,6 +17,9 @@ from torch import nn
 
 from effllm.errors import TrainingStopped, Unsupported
 
+GRAPHS = 64
+"""How many graphs a run may make for batches whose sizes differ in kind; PyTorch's own limit, 8, ends the run."""
+
 
 def check_compiled(accelerator: Accelerator) -> None:
     """Raise Unsupported where the model is sharded, TrainingStopped on a processor without a C++ compiler."""
@@ -41,6 +44,7 @@ def compile_forward(module: nn.Module, backend: str = "inductor") -> None:
     Graphs of earlier modules are dropped, as PyTorch limits how many a function may have.
     """
     torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = GRAPHS
     options: dict[str, Any] = {"options": {"fallback_random": True}} if backend == "inductor" else {}
     compiled = torch.compile(module.forward, fullgraph=True, dynamic=True, backend=backend, **options)
     module.forward = compiled

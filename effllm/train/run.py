@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from effllm.errors import SettingError, TrainingStopped
@@ -161,8 +162,11 @@ def _out_of_memory(settings: LoopSettings, error: BaseException) -> str:
 
 
 def write_model(run: Run, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write config, weights and tokenizer, so that `from_pretrained` loads the folder."""
-    run.module.model.save_pretrained(folder, state_dict=weights)
+    """Write config, weights and tokenizer, so that `from_pretrained` loads the folder.
+
+    Weights have the model's own names, whatever those in the file were that the run began with.
+    """
+    run.module.model.save_pretrained(folder, state_dict=dict(weights), save_original_format=False)
     for name, file in run.companions.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
@@ -209,7 +213,10 @@ class _Keeper:
         with uncompiled() if self.run.settings.compile else contextlib.nullcontext():
             found = self.run.evaluate(self.loop.model, self.loop.accelerator.device)
         self.loop.model.train()
-        return found
+        # Every process must decide alike on what follows: a last bit may differ between them.
+        shared: list[Evaluation | None] = [found]
+        broadcast_object_list(shared)
+        return shared[0]
 
     def _save(self, record: StepRecord, evaluation: Evaluation | None, better: bool) -> None:
         score = evaluation.score if evaluation else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,24 @@ def test_a_mean_that_is_no_better_leaves_the_best_checkpoint(base, tmp_path, mon
     variant = effllm.Variant.open(tmp_path / "out")
     assert [row.value for row in variant.rows] == [0.8]
     assert variant.manifest["notes"] == []
+
+
+def test_a_model_whose_file_has_names_of_old_is_averaged_too(base, tmp_path, monkeypatch) -> None:
+    old = shutil.copytree(base, tmp_path / "old")
+    names = {
+        name: re.sub(r"(LayerNorm)\.(weight|bias)$", _of_old, name) for name in load_file(base / "model.safetensors")
+    }
+    save_file(
+        {names[name]: value for name, value in load_file(base / "model.safetensors").items()}, old / "model.safetensors"
+    )
+    (mean,) = tune(old, tmp_path / "out", monkeypatch, [0.7, 0.6, 0.5, 0.6, 0.8])
+    assert any(name.endswith("LayerNorm.weight") for name in mean["weights"])
+    published = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(np.array_equal(published[name], mean["weights"][name].numpy()) for name in published)
+
+
+def _of_old(found: re.Match[str]) -> str:
+    return f"{found[1]}.{'gamma' if found[2] == 'weight' else 'beta'}"
 
 
 def test_one_checkpoint_has_no_mean(base, tmp_path, monkeypatch) -> None:
