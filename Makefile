@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
+# How pip gets torch, such as --index-url URL of its CPU build.
+TORCH ?=
 SETUP := $(VENV)/.ready
 
 .PHONY: demo test check slow bench interop readme clean
@@ -35,7 +37,7 @@ readme: $(SETUP)  ## write the README's tables and plots from the committed rows
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "effllm needs Python 3.11 or newer; pass PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 

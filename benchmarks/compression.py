@@ -10,7 +10,8 @@ ONNX Runtime against the dense model there and in torch, one thread, one interle
 `results/compression.jsonl` for SST-2, to `results/compression_NAME.jsonl` for the folder NAME.
 
 Calibration and training texts are the training set's, quality is dev's, which chose nothing here but the dense model's
-own checkpoint, and the trial that `auto` returns: its loss is measured on what it was chosen by. Small models, two tasks, one processor.
+own checkpoint, and the trial that `auto` returns: its loss is measured on what it was chosen by. Small models, two
+tasks, one processor.
 """
 
 from __future__ import annotations
