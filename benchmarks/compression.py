@@ -78,7 +78,7 @@ RECIPES = {
     "structured 3x": Recipe(("structured:flops=0.33",)),
     "structured 3x + distil": Recipe(("structured:flops=0.33", DISTIL)),
     "structured 3x + distil + int8": Recipe(("int8",), "structured 3x + distil"),
-    "auto": Recipe(("auto:budget_minutes=30",), max_drop=0.01),
+    "auto": Recipe(("auto:budget_minutes=30,precision=bf16",), max_drop=0.01),
     **_sparse(),
 }
 

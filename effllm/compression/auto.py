@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effllm.compression.method import Stage
 from effllm.errors import GateFailed, SettingError
@@ -63,6 +63,9 @@ class Auto:
     )
     budget_minutes: float = field(default=30.0, metadata={"help": "start no trial after this time"})
     distil_steps: int = field(default=600, metadata={"help": "steps of distillation after pruning, with --train"})
+    precision: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "how distillation computes products: in fp32, or in bf16 by autocast"}
+    )
     seed: int = field(default=0, metadata={"help": "decides calibration texts and training order"})
 
     def __post_init__(self) -> None:
@@ -114,7 +117,7 @@ class Auto:
     def _plan(self, trials: Search, max_drop: float, *, distil: bool) -> Iterator[tuple[str, ...]]:
         """Yield the rows of methods to try next, each chosen by what the ones before gave."""
         yield ("int8",)
-        recover = (f"distil:steps={self.distil_steps},seed={self.seed}",) if distil else ()
+        recover = (f"distil:steps={self.distil_steps},precision={self.precision},seed={self.seed}",) if distil else ()
 
         def pruned(share: float) -> tuple[str, ...]:
             return (f"structured:flops={share:g}", *recover, "int8")

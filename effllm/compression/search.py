@@ -150,7 +150,7 @@ def search(
 
 def _identity(source: Source, auto: Auto, texts: Texts) -> str:
     """Return a digest of all that decides what a trial gives."""
-    settings = {k: v for k, v in to_json(auto).items() if k in {"distil_steps", "seed"}}
+    settings = {k: v for k, v in to_json(auto).items() if k in {"distil_steps", "precision", "seed"}}
     parts = [weights_digest(source.folder.path), settings, machine.describe()]
     parts += [part.entry() for part in (texts.calibration, texts.train, texts.gate) if part.examples]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
