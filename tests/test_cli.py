@@ -273,6 +273,28 @@ def test_an_ended_run_leaves_no_folder_and_a_rerun_works(end: signal.Signals, cl
     assert effllm.Variant.open(target).task == "text-classification"
 
 
+def test_an_interrupted_training_tells_how_to_go_on(capsys) -> None:
+    from effllm.cli.training import Interrupted, follow
+
+    def steps():
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(Interrupted, match="--resume goes on"):
+        follow(steps(), 10)
+
+
+def test_what_an_interrupt_says_is_said_to_the_user(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from effllm.cli.training import Interrupted
+
+    def interrupted() -> None:
+        raise Interrupted("the checkpoints stay")
+
+    monkeypatch.setattr("effllm.machine.instruction_set", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the checkpoints stay"
+
+
 def test_an_interrupt_while_one_is_reported_is_the_same_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> int:
         raise KeyboardInterrupt

@@ -130,6 +130,12 @@ def test_manifest_tells_where_the_folder_comes_from(made) -> None:
     assert {"torch", "onnxruntime", "transformers"} <= set(manifest["versions"])
 
 
+def test_notes_tell_what_the_gate_stood_on(made) -> None:
+    agreement = "no labelled data was given (--dev): the gate is on agreement with the dense model"
+    assert agreement in made["bert"][1].manifest["notes"]
+    assert agreement not in made["roberta"][1].manifest["notes"]
+
+
 def test_same_seed_gives_the_same_bytes(made, tmp_path: Path) -> None:
     model, variant = made["bert"]
     again = effllm.compress(model, tmp_path / "again", method=STATIC, calib=TEXTS[:60], max_drop=1.0, threads=1)

@@ -25,6 +25,7 @@ from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import TASKS, Example, Head, Task
 from effllm.train.averaging import add_average
+from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.heads import check_task, load_for_task
 from effllm.train.loop import StepRecord
 from effllm.train.publish import RESULT, publish, write_result
@@ -105,11 +106,13 @@ def _runs(
     force: bool,
 ) -> Iterator[FinetuneStep]:
     accelerator = make_accelerator(settings)
-    interrupted = work.exists() and not resume
+    interrupted = any(work.glob(f"*/{CHECKPOINTS}/step-*"))
     accelerator.wait_for_everyone()
-    if interrupted and not force:
-        raise SettingError(f"{work} holds an interrupted run; --resume goes on with it, --force starts anew")
-    if accelerator.is_main_process and interrupted:
+    if interrupted and not (resume or force):
+        raise SettingError(
+            f"{work} holds checkpoints of an interrupted run; go on with --resume, or drop them by --force"
+        )
+    if accelerator.is_main_process and work.exists() and not resume:
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     for seed in range(settings.seed, settings.seed + seeds):

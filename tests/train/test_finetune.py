@@ -148,6 +148,8 @@ def test_an_interrupted_fine_tuning_goes_on_bit_for_bit(base: Path, tmp_path: Pa
             break
     steps.close()
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SettingError, match="checkpoints of an interrupted run; go on with --resume"):
+        run(base, tmp_path / "out", "text-classification", file, dev=file, seeds=2, settings=more)
     run(base, tmp_path / "out", "text-classification", file, dev=file, seeds=2, settings=more, resume=True)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all((first[name] == second[name]).all() for name in first)
