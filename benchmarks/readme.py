@@ -50,8 +50,21 @@ def stsb_table() -> str:
         f"exported by effllm. {first.at[:10]}. † answers can depend on the other texts in the batch.",
         "",
         _cost_sentence(rows),
+        "",
+        _other_machine_sentence(read_rows(RESULTS / "stsb_int8_avx2.jsonl")),
     ]
     return "\n".join(lines)
+
+
+def _other_machine_sentence(rows: list[Row]) -> str:
+    """Return what int8 gained where there is no 8-bit dot product."""
+    short, long = (
+        find(rows, "speed-up", "int8", batch=batch, tokens=tokens).value for batch, tokens in ((1, 128), (16, 64))
+    )
+    return (
+        f"Without 8-bit dot products int8 gains less: on an {rows[0].machine} it was {text.ratio(short)[0]} at 1 × 128 and "
+        f"{text.ratio(long)[0]} at 16 × 64."
+    )
 
 
 def _cells(rows: list[Row], system: str) -> list[str]:
