@@ -62,8 +62,8 @@ def _other_machine_sentence(rows: list[Row]) -> str:
         find(rows, "speed-up", "int8", batch=batch, tokens=tokens).value for batch, tokens in ((1, 128), (16, 64))
     )
     return (
-        f"Without 8-bit dot products int8 gains less: {text.ratio(short)[0]} at 1 × 128 and {text.ratio(long)[0]} at 16 × 64 "
-        f"({rows[0].machine})."
+        f"Without 8-bit dot products int8 gains less ({rows[0].machine}): "
+        f"{text.ratio(short)[0]} at 1 × 128 and {text.ratio(long)[0]} at 16 × 64."
     )
 
 
