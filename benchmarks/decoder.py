@@ -38,13 +38,13 @@ from effllm.data.prepare import prepare
 from effllm.data.settings import PrepareSettings
 from effllm.data.store import TokenStore
 from effllm.data.vocabulary import Vocabulary
+from effllm.folder import tokenizer_files
 from effllm.measure.quality import quality_rows
 from effllm.measure.statistics import interval_of_difference
 from effllm.rows import Row, read_rows, write_rows
 from effllm.runtime.predictor import Predictor
 from effllm.tasks import TASKS, Example
 from effllm.train.optimizers import build_optimizer
-from effllm.train.run import tokenizer_files
 from effllm.train.schedules import learning_rate_factor
 
 RESULTS = Path(__file__).parent / "results" / "decoder.jsonl"

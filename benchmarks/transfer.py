@@ -22,11 +22,11 @@ from scipy import stats
 
 from effllm import machine
 from effllm.data.vocabulary import Vocabulary
+from effllm.folder import tokenizer_files
 from effllm.rows import Row, write_rows
 from effllm.train.finetune import finetune
 from effllm.train.models import build_model
 from effllm.train.pretrain import pretrain
-from effllm.train.run import tokenizer_files
 from effllm.train.settings import FinetuneSettings, PretrainSettings
 from effllm.variant import Variant
 

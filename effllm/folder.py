@@ -147,7 +147,7 @@ def read_json(path: Path, default: Any = None) -> Any:
             return default
         raise ArtifactError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not valid JSON{_disguise(path)}: {error}") from None
+        raise ArtifactError(f"{path} is not valid JSON{disguise(path)}: {error}") from None
     if default is not None and not isinstance(value, type(default)):
         raise ArtifactError(f"{path} must hold a JSON {'object' if isinstance(default, dict) else 'list'}")
     return value
@@ -156,6 +156,19 @@ def read_json(path: Path, default: Any = None) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file for people and tools to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "*.model"),
+)
+"""The files of a tokenizer, as patterns."""
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a tokenizer in a folder, by name."""
+    found = (file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)))
+    return {file.name: file for file in found if file.is_file()}
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -198,17 +211,13 @@ def _check_safetensors(file: Path) -> None:
         end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
         promised = 8 + length + end
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ArtifactError(f"{file} is not a safetensors file{_disguise(file)}") from None
+        raise ArtifactError(f"{file} is not a safetensors file{disguise(file)}") from None
     if size != promised:
         raise ArtifactError(f"{file} is truncated or damaged: {size} bytes, its header promises {promised}")
 
 
-def disguise_of_onnx(file: Path) -> str:
-    """Say what a file that does not parse as ONNX looks like: an LFS pointer, a web page, empty, or nothing known."""
-    return _disguise(file)
-
-
-def _disguise(file: Path) -> str:
+def disguise(file: Path) -> str:
+    """Say what a file that does not parse looks like: an LFS pointer, a web page, empty, or nothing known."""
     try:
         with file.open("rb") as stream:
             head = stream.read(200)

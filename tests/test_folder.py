@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from effllm.errors import ArtifactError, EffllmError, Unsupported
-from effllm.folder import ModelFolder, disguise_of_onnx, find, has_tokenizer, open_folder, read_json
+from effllm.folder import ModelFolder, disguise, find, has_tokenizer, open_folder, read_json
 
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CONFIG = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
@@ -358,8 +358,8 @@ def test_read_json_gives_the_default_only_for_a_missing_file(tmp_path: Path) -> 
 )
 def test_a_file_in_disguise_is_recognised(tmp_path: Path, content: bytes, looks: str) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
-    assert looks in disguise_of_onnx(tmp_path / "model.onnx")
-    assert disguise_of_onnx(tmp_path / "missing.onnx") == ""
+    assert looks in disguise(tmp_path / "model.onnx")
+    assert disguise(tmp_path / "missing.onnx") == ""
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "spiece.model"])

@@ -30,7 +30,7 @@ from effllm.data.tokenizer_training import TRAINERS, save_tokenizer, train_token
 from effllm.data.vocabulary import Vocabulary
 from effllm.data.words import token_starts
 from effllm.errors import ArtifactError, SettingError, unknown_name
-from effllm.folder import find
+from effllm.folder import TOKENIZER_FILES, find, tokenizer_files
 from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.settings import to_json
@@ -38,10 +38,6 @@ from effllm.variant import Variant, check_target, create, sha256, write_manifest
 
 CHUNK_CHARACTERS = 2_000_000
 """How much text is tokenised at once; its encodings take some 100 bytes a token."""
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "*.model"),
-)
 
 
 def prepare(
@@ -134,8 +130,8 @@ def _existing_tokenizer(settings: PrepareSettings) -> Path | None:
 def _copy_tokenizer(given: Path, folder: Path) -> None:
     """Copy a tokenizer's files, without the truncation and padding that `tokenizer.json` may carry."""
     folder.mkdir()
-    for file in sorted(file for pattern in TOKENIZER_FILES for file in given.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)
+    for name, file in tokenizer_files(given).items():
+        shutil.copyfile(file, folder / name)
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.no_truncation()
     backend.no_padding()

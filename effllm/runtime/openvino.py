@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from effllm.errors import ArtifactError, MissingExtra
-from effllm.folder import disguise_of_onnx
+from effllm.folder import disguise
 
 
 class OpenVinoEngine:
@@ -33,7 +33,7 @@ class OpenVinoEngine:
             return cls(openvino.Core().compile_model(str(path), "CPU", options))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise ArtifactError(f"{path} cannot be loaded{disguise_of_onnx(path)}: {reason}") from None
+            raise ArtifactError(f"{path} cannot be loaded{disguise(path)}: {reason}") from None
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one padded batch."""

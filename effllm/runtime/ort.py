@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from effllm.errors import ArtifactError
-from effllm.folder import disguise_of_onnx
+from effllm.folder import disguise
 
 ort.set_default_logger_severity(4)
 
@@ -36,7 +36,7 @@ class OrtEngine:
             return cls(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
         except Exception as error:  # ONNX Runtime raises a dozen types without a public base class
             reason = str(error).strip().splitlines()[0]
-            raise ArtifactError(f"{path} cannot be loaded{disguise_of_onnx(path)}: {reason}") from None
+            raise ArtifactError(f"{path} cannot be loaded{disguise(path)}: {reason}") from None
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one padded batch."""

@@ -16,7 +16,7 @@ from effllm.data.labels import read_labels
 from effllm.data.readers import read_examples
 from effllm.data.split import digest
 from effllm.errors import SettingError, unknown_name
-from effllm.folder import ModelFolder, open_folder, read_json
+from effllm.folder import ModelFolder, open_folder, read_json, tokenizer_files
 from effllm.measure.quality import evaluate
 from effllm.runtime.pooling import read_pooling
 from effllm.runtime.predictor import Predictor
@@ -29,7 +29,7 @@ from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.heads import check_task, load_for_task
 from effllm.train.loop import StepRecord
 from effllm.train.publish import RESULT, publish, write_result
-from effllm.train.run import Evaluation, Run, make_accelerator, open_run, tokenizer_files, train
+from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
 from effllm.train.settings import FinetuneSettings
 from effllm.train.sharding import gathered
 from effllm.train.supervised import SupervisedModel, SupervisedSource, make_items

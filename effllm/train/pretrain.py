@@ -17,6 +17,7 @@ from effllm.data.samples import Samples
 from effllm.data.store import TokenStore
 from effllm.data.vocabulary import Vocabulary
 from effllm.errors import SettingError
+from effllm.folder import tokenizer_files
 from effllm.rows import Row
 from effllm.settings import to_json
 from effllm.train.attention import implementation, sequence_index
@@ -25,7 +26,7 @@ from effllm.train.checkpoint import Progress
 from effllm.train.loop import MicroBatch, StepRecord, to_tensors
 from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
-from effllm.train.run import Evaluation, Run, make_accelerator, open_run, tokenizer_files, train
+from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
 from effllm.train.settings import PretrainSettings
 from effllm.variant import weights_digest
 

@@ -30,11 +30,6 @@ from effllm.train.settings import FinetuneSettings, LoopSettings
 from effllm.train.sharding import check_sharded, name_layers, sharding, whole_weights
 from effllm.variant import Variant
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"),
-    *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model"),
-)
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -92,11 +87,6 @@ def make_accelerator(settings: LoopSettings) -> Accelerator:
             f"--accumulate {settings.accumulate}: each of the {parts} parts needs a sequence"
         )
     return accelerator
-
-
-def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a tokenizer in a folder, by name."""
-    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def open_run(
