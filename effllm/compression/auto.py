@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SHARES = (0.75, 0.5, 0.33, 0.2)
 """The shares of the multiplications that are tried, before the search goes between them."""
+FAILURES = 2
+"""After so many shares in a row that fail no smaller one is tried: one alone may be chance, on few examples."""
 CLOSE = 0.06
 """The search stops where the share that fails and the one that passes are so close."""
 FLOAT_LAYERS = (2, 4)
@@ -122,13 +124,16 @@ class Auto:
         def pruned(share: float) -> tuple[str, ...]:
             return (f"structured:flops={share:g}", *recover, "int8")
 
-        passing, failing = 1.0, 0.0
+        passing, failed = 1.0, list[float]()
         for share in SHARES:
             yield pruned(share)
-            if trials.seen[pruned(share)].drop > max_drop:
-                failing = share
+            if trials.seen[pruned(share)].drop <= max_drop:
+                passing, failed = share, []
+            else:
+                failed.append(share)
+            if len(failed) == FAILURES:
                 break
-            passing = share
+        failing = failed[0] if failed else 0.0
         while failing and passing - failing > CLOSE:
             share = round((passing + failing) / 2, 3)
             yield pruned(share)

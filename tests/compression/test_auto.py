@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -47,6 +48,17 @@ def test_it_keeps_the_fastest_trial_that_passes(tmp_path: Path) -> None:
     assert best.drop <= 0.01
     assert best.speedup == max(t.speedup for t in runs.all if t.drop <= 0.01)
     assert 0.4 - CLOSE <= share_of(best) <= 0.4 + CLOSE
+
+
+def test_one_share_that_fails_by_chance_does_not_end_the_search(tmp_path: Path) -> None:
+    fair = world(0.45)
+
+    def make(specs: tuple[str, ...]) -> Trial:
+        found = fair(specs)
+        return dataclasses.replace(found, drop=0.012) if "structured:flops=0.75" in specs else found
+
+    best = Auto().search(search(tmp_path, make), 0.01, distil=False)
+    assert 0.45 <= share_of(best) <= 0.5
 
 
 def test_distillation_is_in_the_trials_only_where_there_are_texts_to_train_on(tmp_path: Path) -> None:
