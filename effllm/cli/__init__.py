@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
         _calm()
-        click.echo(f"interrupted; {error.__cause__ or 'nothing was written'}", err=True)
+        click.echo(f"interrupted; {str(error.__cause__ or '') or 'nothing was written'}", err=True)
         return INTERRUPTED
     except EffllmError as error:
         if isinstance(error, GateFailed):
