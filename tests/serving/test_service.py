@@ -77,6 +77,12 @@ def flat(value: Any) -> np.ndarray:
     return np.ravel(np.asarray(value, dtype=np.float64)) if not isinstance(value, str | None) else np.zeros(0)
 
 
+def stop(pid: int) -> None:
+    """Stop a worker, and wait until all its threads have: the signal reaches one of them, the others may still run."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def test_every_task_answers_what_the_predictor_answers(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         for task in TASKS:
@@ -156,7 +162,7 @@ def test_bad_inputs_are_refused_by_their_index(folders: dict[str, Path]) -> None
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         model = service.find(None)
-        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        stop(model.instance.worker_pid)
         waiting = [asyncio.create_task(model.answer([Example("a")] * 4)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull, match="8 inputs wait") as full:
@@ -177,7 +183,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(folders: dict[s
 def test_batches_side_by_side_are_busy_for_their_common_time(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         instance = service.find(None).instance
-        os.kill(instance.worker_pid, signal.SIGSTOP)
+        stop(instance.worker_pid)
         waiting = [asyncio.create_task(instance.answer([Example("a")])) for _ in range(3)]
         await asyncio.sleep(0.01)
         now, running = time.monotonic(), list(instance._running.items())
@@ -197,7 +203,7 @@ def test_batches_side_by_side_are_busy_for_their_common_time(folders: dict[str, 
 def test_what_is_not_done_in_time_is_refused_and_leaves_the_queue(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         model = service.find(None)
-        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        stop(model.instance.worker_pid)
         with pytest.raises(DeadlinePassed, match=r"0\.2 s"):
             await model.answer([Example("a")], deadline_s=0.2)
         assert model.queued == 0
@@ -211,7 +217,7 @@ def test_what_a_killed_worker_ran_is_answered_by_the_next_one(folders: dict[str,
     async def test(service: Service) -> None:
         model = service.find(None)
         before = [(await model.answer([Example(text)])).results[0].value for text in TEXTS]
-        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        stop(model.instance.worker_pid)
         waiting = [asyncio.create_task(model.answer([Example(text)])) for text in TEXTS]
         await asyncio.sleep(0.05)
         os.kill(model.instance.worker_pid, signal.SIGKILL)
@@ -231,7 +237,7 @@ def test_an_input_that_kills_two_workers_is_refused_and_its_neighbours_are_not(
 ) -> None:
     async def test(service: Service) -> None:
         model = service.find(None)
-        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        stop(model.instance.worker_pid)
         waiting = [asyncio.create_task(model.answer([Example(text)])) for text in TEXTS[:4]]
         await asyncio.sleep(0.05)
         instance: Instance = model.instance
@@ -255,7 +261,7 @@ def test_an_input_that_kills_two_workers_is_refused_and_its_neighbours_are_not(
 def test_an_input_that_the_engine_refuses_does_not_fail_its_neighbours(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         model = service.find(None)
-        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        stop(model.instance.worker_pid)
         waiting = [asyncio.create_task(model.answer([Example(TEXTS[0])])) for _ in range(6)]
         await asyncio.sleep(0)
         assert [len(places) for places in model.instance._running.values()] == [
@@ -319,7 +325,7 @@ def test_a_drain_ends_when_its_time_is_over(folders: dict[str, Path]) -> None:
     async def whole() -> None:
         service = await Service.open(classifier(folders), ServeSettings(threads=1, drain=0.1))
         model = service.find(None)
-        os.kill(model.instance.worker_pid, signal.SIGSTOP)
+        stop(model.instance.worker_pid)
         waiting = asyncio.create_task(model.answer([Example("a")]))
         await asyncio.sleep(0)
         await service.close()
