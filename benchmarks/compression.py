@@ -92,6 +92,12 @@ class Plan:
     work: Path
     group_size: int
 
+    def variants(self, name: str, seeds: int) -> list[Path]:
+        """Return the folders of a recipe, one for each seed where those make a difference; of `dense`, the model."""
+        if name == "dense":
+            return [self.model]
+        return [self.make(name, seed) for seed in range(seeds if RECIPES[name].trains else 1)]
+
     def make(self, name: str, seed: int) -> Path:
         """Return the folder of a recipe, made if it is not there."""
         recipe = RECIPES[name]
@@ -169,24 +175,19 @@ def main() -> None:
     data_set = plan.data.name
     results = RESULTS / ("compression.jsonl" if data_set == "sst2" else f"compression_{data_set}.jsonl")
     rows = list(read_rows(results)) if results.is_file() else []
-    folders = {"dense": [plan.model]}
+    folders: dict[str, list[Path]] = {}
     failed: list[str] = []
     for name in ("dense", *arguments.only.split(",")):
+        rows = [r for r in rows if not (r.system == name and r.how.get("batch") is None)]
         try:
-            if name != "dense":
-                seeds = range(arguments.seeds if RECIPES[name].trains else 1)
-                folders[name] = [plan.make(name, seed) for seed in seeds]
+            folders[name] = plan.variants(name, arguments.seeds)
         except EffllmError as error:
             failed.append(f"{name}: {error}")
-        rows = [r for r in rows if not (r.system == name and r.how.get("batch") is None)]
-        if name not in folders:
-            write_rows(results, rows)
-            continue
-        rows += rows_of(name, folders[name], plan.data)
+        else:
+            score, size = rows_of(name, folders[name], plan.data)
+            print(f"{name:32} {score.value:.4f} {score.low} {score.high}  {size.value / 1e6:.1f} MB", flush=True)
+            rows += [score, size]
         write_rows(results, rows)
-        print(
-            f"{name:32} {rows[-2].value:.4f} {rows[-2].low} {rows[-2].high}  {rows[-1].value / 1e6:.1f} MB", flush=True
-        )
     if arguments.bench:
         timed = [timeable(name, f[0], plan.work) for name, f in folders.items() if name != "dense"]
         settings = BenchSettings(

@@ -251,7 +251,7 @@ def serving_table() -> str:
     errors = find(rows, "server errors", OURS, part="overload")
     killed, lost = (find(rows, metric, OURS) for metric in ("workers killed", "requests without a clear end"))
     ends = (
-        f"Under four times its load for a minute (cores: {goodput.how.get('cores', 'shared')}) "
+        f"Under four times its load for a minute (cores: {goodput.how['cores']}) "
         f"it answered {goodput.value:.0%} of its peak, with {errors.value:.0f} "
         f"server errors; with {killed.value:.0f} workers killed under load {lost.value:.0f} requests were lost."
     )

@@ -5,7 +5,7 @@
     ├── ArtifactError          a file or folder is missing, damaged or not what it claims     exit 2
     ├── MissingExtra           an optional package is needed for this; names the extra        exit 2
     ├── Unsupported            valid input that effllm does not handle                        exit 2
-    ├── CheckFailed            a model, a measured system or a server does not what it must   exit 3
+    ├── CheckFailed            a model, a system or a server does not do what it must         exit 3
     ├── TrainingStopped        a run cannot go on, or has no compiler for --compile           exit 3
     └── GateFailed             a quality gate was broken; carries the comparison              exit 3
 

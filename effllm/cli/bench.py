@@ -30,12 +30,7 @@ Examples:
 @COLUMNS
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --data.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of every system.")
-@click.option(
-    "--tokens",
-    default="16,64,128",
-    show_default=True,
-    help="Lengths to time; with --url also a range, as 16-64.",
-)
+@click.option("--tokens", default="16,64,128", show_default=True, help="Lengths to time; with --url also as 16-64.")
 @click.option("--batch", "batch_sizes", default="1,16", show_default=True, help="Batch sizes to time.")
 @click.option("--rounds", type=click.IntRange(min=3), default=11, show_default=True, help="Interleaved repeats.")
 @click.option("--engine", "engines", multiple=True, metavar="NAME", help="Also run every ONNX folder on this engine.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Examples:
   effllm serve small                              one folder, on http://127.0.0.1:8080
   effllm serve sst2-int8 ner-int8 minilm-int8     several, by the names of their folders
-  effllm serve old=monday/small new=tuesday/small  by names of your own
+  effllm serve old=monday/small new=today/small   by names of your own
   effllm serve small --host 0.0.0.0 --api-key-file key.txt
   effllm serve small --ray --min-replicas 2      on the Ray cluster of this machine; again to update it
   curl localhost:8080/predict -H 'content-type: application/json' -d '{"inputs": "A quiet, lovely film."}'

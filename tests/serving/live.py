@@ -47,3 +47,12 @@ def received(connection: socket.socket) -> bytes:
         while part := connection.recv(65536):
             parts.append(part)
     return b"".join(parts)
+
+
+def seconds_until_cut_off(connection: socket.socket) -> float:
+    """Send chunks of a body without end until the other side closes; return after how long, 15 s where it does not."""
+    started = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() - started < 15:
+            connection.sendall(b"4000\r\n" + b"a" * 0x4000 + b"\r\n")
+    return time.monotonic() - started
