@@ -309,6 +309,49 @@ def test_an_interrupt_while_one_is_reported_is_the_same_exit_code(monkeypatch: p
     assert left.value.code == 130
 
 
+AN_INTERRUPTED_PROGRAM = """
+import signal, time
+from effllm.cli import cli, entry
+def command(**_):
+    {body}
+cli.main = command
+entry()
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        pytest.param("exec('signal.raise_signal(signal.SIGINT)')", "", id="in an exec, which CPython does not forget"),
+        pytest.param(
+            """
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        pass
+    time.sleep(60)""",
+            "",
+            id="caught by a library",
+        ),
+        pytest.param(
+            """
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        time.sleep(0.7)
+        print("cleared up")""",
+            "cleared up\n",
+            id="while it clears up",
+        ),
+    ],
+)
+def test_an_interrupt_arrives_once_and_the_exit_code_is_130(body: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(AN_INTERRUPTED_PROGRAM.format(body=body), encoding="utf-8")
+    command = [sys.executable, "-m", "program"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, said, "interrupted; nothing was written")
+
+
 def test_bench_times_only_what_agrees(classifier: Path, exported: Path, tmp_path: Path, capsys) -> None:
     rows = tmp_path / "rows.jsonl"
     page = tmp_path / "page.html"

@@ -7,11 +7,11 @@ Results go to stdout; progress and messages to stderr. Exit codes: 0 done, 2 wro
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 
 import click
 
+from effllm.cli import interrupt
 from effllm.errors import EffllmError, GateFailed
 
 COMMANDS = {
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        _calm()
+        interrupt.calm()
         click.echo(f"interrupted; {str(error.__cause__ or '') or 'nothing was written'}", err=True)
         return INTERRUPTED
     except EffllmError as error:
@@ -94,24 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """Run as the console script."""
-    signal.signal(signal.SIGINT, _interrupt)
+    interrupt.listen()
     try:
         code = main()
     except KeyboardInterrupt:  # it came again while `main` was about to report it
-        _calm()
+        interrupt.calm()
         code = INTERRUPTED
     raise SystemExit(code)
-
-
-def _calm() -> None:
-    """Let no interrupt follow the one that arrived."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _interrupt(*_: object) -> None:
-    """Raise KeyboardInterrupt, and again until it arrives: a library that catches everything cannot swallow Ctrl-C."""
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, _interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-    raise KeyboardInterrupt
