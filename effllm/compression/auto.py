@@ -2,22 +2,23 @@
 
 A trial is a row of other methods, made and judged as if it had been asked for by hand. The search goes from what loses
 least to what saves most: quantisation alone; then pruning to smaller and smaller shares of the multiplications, each
-recovered by distillation where there are training texts; then, at the share found, more of the layers that lose most
-left float. Where a share fails, the next one lies between it and the last that passed. Every trial is noted in a
-journal beside the target, so that a search that was cut off goes on where it was.
+recovered by distillation where there are training texts. A share whose quantised model loses too much is quantised
+again with the layers that lose most left float, which costs no training. Where all of that fails, the next share lies
+between it and the last that passed. Every trial is noted in a journal beside the target, so that a search that was cut
+off goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effllm.compression.method import Stage
-from effllm.errors import GateFailed, SettingError
+from effllm.errors import EffllmError, GateFailed, SettingError
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
@@ -28,8 +29,8 @@ FAILURES = 2
 """After so many shares in a row that fail no smaller one is tried: one alone may be chance, on few examples."""
 CLOSE = 0.06
 """The search stops where the share that fails and the one that passes are so close."""
-FLOAT_LAYERS = (2, 4)
-"""How many of the most sensitive groups of linear layers are left float where a quantised trial failed."""
+FORMS = ("int8", "int8:float_layers=2", "int8:float_layers=4")
+"""How a share is quantised, until one form passes."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Trial:
 
     `drop` is what the gate judges; `speedup` the ratio of median latencies over the dense graph in ONNX Runtime, in one
     interleaved run; `size` the share of its file. `folder` is the name of its variant, `seconds` what making it took.
+    `refused` is why there is none: a method that cannot be on this model, or a training that stopped.
     """
 
     specs: tuple[str, ...]
@@ -47,6 +49,16 @@ class Trial:
     size: float
     seconds: float
     rows: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    refused: str = ""
+
+    def within(self, max_drop: float) -> bool:
+        """Return whether there is a variant that loses no more than this."""
+        return not self.refused and self.drop <= max_drop
+
+    @property
+    def outcome(self) -> str:
+        """What it lost, or why it could not be made."""
+        return self.refused or f"{self.drop:.2%}"
 
 
 @dataclass(frozen=True)
@@ -96,9 +108,9 @@ class Auto:
 
         Raises GateFailed when none is within `max_drop`.
         """
-        passing = [trial for trial in trials if trial.drop <= max_drop]
+        passing = [trial for trial in trials if trial.within(max_drop)]
         if not passing:
-            tried = "; ".join(f"{' + '.join(t.specs)}: {t.drop:.2%}" for t in trials)
+            tried = "; ".join(f"{' + '.join(t.specs)}: {t.outcome}" for t in trials)
             raise GateFailed(f"no trial stays within the allowed {max_drop:.2%}; tried {tried}", [])
         reaching = [trial for trial in passing if self.reached(trial)]
         if reaching:
@@ -112,22 +124,29 @@ class Auto:
             if time.monotonic() - started > self.budget_minutes * 60 and specs not in trials.seen:
                 break
             trial = trials.run(specs)
-            if trial.drop <= max_drop and self.reached(trial):
+            if trial.within(max_drop) and self.reached(trial):
                 break
         return self.best(trials.all, max_drop)
 
     def _plan(self, trials: Search, max_drop: float, *, distil: bool) -> Iterator[tuple[str, ...]]:
         """Yield the rows of methods to try next, each chosen by what the ones before gave."""
-        yield ("int8",)
         recover = (f"distil:steps={self.distil_steps},precision={self.precision},seed={self.seed}",) if distil else ()
 
-        def pruned(share: float) -> tuple[str, ...]:
-            return (f"structured:flops={share:g}", *recover, "int8")
+        def forms(*weights: str) -> Generator[tuple[str, ...], None, bool]:
+            for form in FORMS:
+                specs = (*weights, form)
+                yield specs
+                if trials.seen[specs].within(max_drop):
+                    return True
+            return False
 
+        def pruned(share: float) -> Generator[tuple[str, ...], None, bool]:
+            return forms(f"structured:flops={share:g}", *recover)
+
+        yield from forms()
         passing, failed = 1.0, list[float]()
         for share in SHARES:
-            yield pruned(share)
-            if trials.seen[pruned(share)].drop <= max_drop:
+            if (yield from pruned(share)):
                 passing, failed = share, []
             else:
                 failed.append(share)
@@ -136,13 +155,10 @@ class Auto:
         failing = failed[0] if failed else 0.0
         while failing and passing - failing > CLOSE:
             share = round((passing + failing) / 2, 3)
-            yield pruned(share)
-            if trials.seen[pruned(share)].drop > max_drop:
-                failing = share
-            else:
+            if (yield from pruned(share)):
                 passing = share
-        for count in FLOAT_LAYERS if failing else ():
-            yield (*pruned(failing)[:-1], f"int8:float_layers={count}")
+            else:
+                failing = share
 
 
 @dataclass
@@ -176,9 +192,12 @@ class Search:
         return list(self.seen.values())
 
     def run(self, specs: tuple[str, ...]) -> Trial:
-        """Make a trial, or return the one that is there."""
+        """Make a trial, or return the one that is there. What cannot be made is a trial too, refused."""
         if specs not in self.seen:
-            trial = self.make(specs)
+            try:
+                trial = self.make(specs)
+            except EffllmError as error:
+                trial = Trial(specs, folder="", drop=1.0, speedup=0.0, size=1.0, seconds=0.0, refused=str(error))
             with self.journal.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"identity": self.identity, **asdict(trial)}) + "\n")
             self.seen[specs] = trial

@@ -164,10 +164,8 @@ def _own_steps(manifest: dict[str, Any], source: Source) -> list[dict[str, Any]]
 
 
 def _summary(trial: Trial) -> dict[str, Any]:
-    return {
-        "methods": list(trial.specs),
-        **{name: getattr(trial, name) for name in ("drop", "speedup", "size", "seconds")},
-    }
+    kept = ("refused",) if trial.refused else ("drop", "speedup", "size", "seconds")
+    return {"methods": list(trial.specs), **{name: getattr(trial, name) for name in kept}}
 
 
 def _rows(trials: Sequence[Trial]) -> list[Row]:
@@ -180,10 +178,13 @@ def _rows(trials: Sequence[Trial]) -> list[Row]:
 
 
 def _notes(auto: Auto, best: Trial, trials: Sequence[Trial], max_drop: float) -> list[str]:
-    lines = [
-        f"trial: {' + '.join(t.specs)}: drop {t.drop:.2%}{'' if t.drop <= max_drop else ' (too much)'}, "
-        f"{t.speedup:.2f} times as fast, {t.size:.2f} of the size"
-        for t in trials
-    ]
+    lines = [f"trial: {' + '.join(trial.specs)}: {_outcome(trial, max_drop)}" for trial in trials]
     reached = "" if auto.reached(best) or not (auto.target_speedup or auto.target_size) else "; the target was not met"
     return [*lines, f"chosen: {' + '.join(best.specs)}{reached}"]
+
+
+def _outcome(trial: Trial, max_drop: float) -> str:
+    if trial.refused:
+        return trial.refused
+    judged = "" if trial.within(max_drop) else " (too much)"
+    return f"drop {trial.drop:.2%}{judged}, {trial.speedup:.2f} times as fast, {trial.size:.2f} of the size"
