@@ -11,11 +11,16 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from effllm.errors import SettingError, unknown_name
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+
+MOST = 1_000_000
+"""Numbers of a list on the command line are below this."""
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
@@ -99,3 +104,26 @@ def describe(cls: type[Any]) -> list[tuple[str, str, str, str]]:
         for f in sorted(dataclasses.fields(cls), key=lambda f: bool(f.kw_only))
         if f.init
     ]
+
+
+def parse_numbers(flag: str, text: str, kind: type[Number]) -> list[Number]:
+    """Return the numbers in `"1,8,32"`. Raises SettingError for anything else, and unless all are above zero."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [kind(0)]
+    if not all(0 < number < MOST for number in numbers):
+        example, name = ("16,64", "whole numbers") if kind is int else ("50,100.5", "numbers")
+        raise SettingError(f"{flag} takes {name} above zero, such as {example}; got {text!r}")
+    return numbers
+
+
+def read_key(flag: str, file: str) -> str:
+    """Return the API key in a file. Raises SettingError, which does not quote it, when the file holds none."""
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{flag} {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(key.split()) != 1 or not key.isascii() or not key.isprintable():
+        raise SettingError(f"{flag} {file} must hold one key of plain characters, without spaces in it")
+    return key

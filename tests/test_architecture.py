@@ -144,7 +144,7 @@ def test_every_verb_task_and_engine_file_has_its_line() -> None:
     from effllm.runtime.engine import ENGINES
     from effllm.tasks import TASKS
 
-    shared = {"__init__", "bench_url", "console", "options", "training"}
+    shared = {"__init__", "bench_url", "console", "interrupt", "options", "training"}
     verbs = {p.stem for p in (PACKAGE / "cli").glob("*.py")} - shared
     assert verbs == {target.split(":")[0].rsplit(".", 1)[1] for target in COMMANDS.values()}
     tasks = {p.stem for p in (PACKAGE / "tasks").glob("*.py")} - {"__init__", "task"}

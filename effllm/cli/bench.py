@@ -8,6 +8,7 @@ from click.core import ParameterSource
 from effllm.cli.bench_url import bench_url, check_flags
 from effllm.cli.options import COLUMNS, HTML, JSON, TASK, settings_options
 from effllm.measure.server_settings import ServerSettings
+from effllm.settings import parse_numbers
 
 
 @click.command(
@@ -99,8 +100,8 @@ def bench(
         columns=parse_columns(columns),
         limit=limit,
         threads=threads,
-        tokens=_numbers("--tokens", tokens),
-        batch_sizes=_numbers("--batch", batch_sizes),
+        tokens=tuple(parse_numbers("--tokens", tokens, int)),
+        batch_sizes=tuple(parse_numbers("--batch", batch_sizes, int)),
         rounds=rounds,
         engines=engines,
         min_agreement=min_agreement,
@@ -114,15 +115,3 @@ def bench(
     if html_file:
         write_html(html_file, rows, " · ".join(Path(model).name for model in models))
         say(f"wrote {html_file}")
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    from effllm.errors import SettingError
-
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise SettingError(f"{flag} takes whole numbers from 1 on, such as 16,64; got {text!r}")
-    return numbers

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from effllm.errors import ArtifactError, CheckFailed
+from effllm.errors import CheckFailed
 from effllm.measure.apis import Endpoint, ask, find_endpoint
 from effllm.measure.drive import run_async, send_load
 from effllm.measure.http_client import Client, Server
 from effllm.measure.server_settings import ServerSettings
 from effllm.progress import Track, silent
 from effllm.rows import Row
+from effllm.settings import read_key
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,6 @@ class Texts:
 
     texts: Sequence[str]
     how: dict[str, Any]
-
-
-def read_key(file: Path) -> str:
-    """Read an API key. Raises ArtifactError, which does not quote it, when the file holds none."""
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"--key-file {file} cannot be read: {type(error).__name__}") from None
-    if not key or not key.isascii() or not key.isprintable():
-        raise ArtifactError(f"--key-file {file} does not hold one line of plain characters")
-    return key
 
 
 def groups(texts: Sequence[str], size: int, seed: int) -> list[list[str]]:
@@ -52,7 +41,7 @@ def bench_server(
     Raises ArtifactError before any load when the server cannot be used, and CheckFailed, after the rows of what was
     counted, when it stopped answering in the middle.
     """
-    server = Server.of(settings.url, read_key(Path(settings.key_file)) if settings.key_file else "")
+    server = Server.of(settings.url, read_key("--key-file", settings.key_file) if settings.key_file else "")
     endpoint = run_async(_endpoint(settings, server, sets[0].texts[0], task))
     system = settings.name or " ".join(filter(None, (server.name, settings.model)))
     loads = settings.loads()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from effllm.errors import SettingError
+from effllm.settings import parse_numbers
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,8 @@ class ServerSettings:
 
     def loads(self) -> list[Load]:
         """Return the loads: closed loops first. Raises SettingError for something that is not a number."""
-        clients = [int(n) for n in _numbers("--clients", self.clients, whole=True)]
-        rates = _numbers("--rate", self.rate, whole=False)
+        clients = parse_numbers("--clients", self.clients, int) if self.clients else []
+        rates = parse_numbers("--rate", self.rate, float) if self.rate else []
         common = Load(seconds=self.seconds, warm_up_s=self.warm_up, timeout_s=self.timeout, seed=self.seed)
         closed = [dataclasses.replace(common, clients=n) for n in clients]
         return closed + [dataclasses.replace(common, rate=rate) for rate in rates]
-
-
-def _numbers(flag: str, text: str, *, whole: bool) -> list[float]:
-    try:
-        numbers = [float(int(part)) if whole else float(part) for part in filter(None, text.split(","))]
-    except ValueError:
-        numbers = [0.0]
-    if not all(0 < number < 1e6 for number in numbers):
-        example, kind = ("1,8,32", "whole numbers") if whole else ("50,100.5", "numbers")
-        raise SettingError(f"{flag} takes {kind} above zero, such as {example}; got {text!r}")
-    return numbers

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effllm.errors import MissingExtra, SettingError
+from effllm.errors import MissingExtra
 from effllm.serving.served import Models
 from effllm.serving.settings import ServeSettings
 
@@ -46,7 +45,7 @@ def create_app(models: Models, settings: ServeSettings) -> FastAPI:
 
 def admission_to(models: Models, settings: ServeSettings) -> Admission:
     """Return who is let in to `models`. Raises SettingError when the key file cannot be read or is empty."""
-    return Admission(Shared(models, settings, Metrics(models), read_key(settings.api_key_file)), operations())
+    return Admission(Shared(models, settings, Metrics(models), settings.read_key()), operations())
 
 
 def app_of(admission: Admission) -> FastAPI:
@@ -92,16 +91,3 @@ async def _no_route(request: Request, error: Exception) -> Response:
     shown = forms.of_status(error.status_code, path, error.headers)
     body = forms.error_body(forms.api_of(path), shown)
     return Response(body, error.status_code, dict(error.headers or {}), media_type="application/json")
-
-
-def read_key(file: str) -> bytes:
-    """Return the key in a file, empty for no file; it is read once, when the server starts."""
-    if not file:
-        return b""
-    try:
-        key = Path(file).read_bytes().strip()
-    except OSError as error:
-        raise SettingError(f"--api-key-file {file} cannot be read: {error.strerror}") from None
-    if not key or len(key.split()) != 1:
-        raise SettingError(f"--api-key-file {file} must hold one key, without spaces in it")
-    return key

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from effllm.errors import EffllmError, MissingExtra, SettingError
-from effllm.serving.app import admission_to, app_of, read_key
+from effllm.serving.app import admission_to, app_of
 from effllm.serving.served import Models
 from effllm.serving.settings import ServeSettings
 
@@ -38,7 +38,7 @@ def serve(folders: Mapping[str, Path], settings: ServeSettings, started: Started
     returns. SIGHUP loads the folders again. Raises SettingError when the address is taken, ArtifactError when a folder
     cannot be loaded.
     """
-    key = read_key(settings.api_key_file)  # what is wrong with it should be known before models are loaded
+    key = settings.read_key()  # what is wrong with it should be known before models are loaded
     with contextlib.closing(bind(settings)) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         if not key and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
             log.warning("everyone who reaches this address can use the models: there is no --api-key-file")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from effllm.errors import SettingError
+from effllm.settings import read_key
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class ServeSettings:
                 f"--max-queue ({self.max_queue}) must be at least --max-inputs ({self.max_inputs}): "
                 "the largest request allowed has to fit into an empty queue"
             )
+
+    def read_key(self) -> bytes:
+        """Return the key in `api_key_file`, empty where there is none. Raises SettingError when that holds no key."""
+        return read_key("--api-key-file", self.api_key_file).encode() if self.api_key_file else b""
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,6 @@ def _four_dimensions(bias: Tensor | None, full: tuple[int, ...]) -> Tensor | Non
 
 KERNEL = Kernel(
     name="attention",
-    function=attention,
     reference=reference.forward,
     flops=attention_flops,
     bytes=attention_bytes,

@@ -72,10 +72,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operation: its public function, its specification, its cases, and the work and memory of a case."""
+    """One operation: its specification, its cases, and the work and memory of a case."""
 
     name: str
-    function: Callable[..., Any]
     reference: Callable[..., Any]
     flops: Callable[[Case], int]
     bytes: Callable[[Case, torch.dtype], int]

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from decoders import LENGTH, TEXTS, make_decoder
+from jobs import make_job
 from safetensors.torch import load_file
-from weights_jobs import make_job
 
 import effllm
 import effllm.hf

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from jobs import make_job
+from jobs import TEXTS, make_job
 from torch import nn
 
 from effllm.compression import parse_method
@@ -61,7 +61,7 @@ def test_moments_of_masked_weights_are_cleared():
 
 @pytest.mark.parametrize("method", ["magnitude", "movement", "obert"])
 def test_sparsity_is_exact_after_training(classifier, tmp_path, method):
-    job = make_job(classifier, tmp_path, train=24)
+    job = make_job(classifier, tmp_path, train=TEXTS[40:64])
     settings = "gradients=16,prunings=2" if method == "obert" else "prunings=3"
     changed = parse_method(f"{method}:sparsity=0.7,{TRAINED},{settings}").apply(job)
     assert changed.details["training"]["steps"] == 6
@@ -70,7 +70,7 @@ def test_sparsity_is_exact_after_training(classifier, tmp_path, method):
 
 
 def test_movement_keeps_earlier_zeros(classifier, tmp_path):
-    job = make_job(classifier, tmp_path, train=24)
+    job = make_job(classifier, tmp_path, train=TEXTS[40:64])
     parse_method("magnitude:sparsity=0.4").apply(job)
     before = {name: linear.weight == 0 for name, linear in linears(job.model).items()}
     parse_method(f"movement:sparsity=0.6,{TRAINED}").apply(job)
@@ -82,7 +82,7 @@ def test_movement_keeps_earlier_zeros(classifier, tmp_path):
 def test_soft_movement_prunes_by_its_penalty(classifier, tmp_path):
     shares = []
     for penalty in (0.0, 1e6):
-        job = make_job(classifier, tmp_path / str(penalty), train=24)
+        job = make_job(classifier, tmp_path / str(penalty), train=TEXTS[40:64])
         spec = f"movement:selection=soft,penalty={penalty},threshold=0.4,score_rate=1,{TRAINED}"
         shares.append(parse_method(spec).apply(job).details["sparsity"])
     assert shares[1] > 0.9
@@ -101,7 +101,7 @@ def test_written_and_read_again(classifier, texts, tmp_path):
 def test_training_in_bf16_goes_the_way_of_fp32(classifier, tmp_path, spec):
     weights = []
     for more in ("learning_rate=1e-12", "precision=fp32", "precision=bf16"):
-        job = make_job(classifier, tmp_path / more, train=24)
+        job = make_job(classifier, tmp_path / more, train=TEXTS[40:64])
         parse_method(f"{spec},{more}").apply(job)
         weights.append(torch.cat([linear.weight.detach().flatten() for linear in linears(job.model).values()]))
     still, exact, rounded = weights

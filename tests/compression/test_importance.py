@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from weights_jobs import make_job
+from jobs import make_job
 
 from effllm.compression.calibrate import feeds
 from effllm.compression.fisher import probe_loss, task_outputs

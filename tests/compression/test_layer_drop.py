@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_config, make_model, make_tokenizer
-from weights_jobs import make_job
+from jobs import make_job
 
 from effllm.compression.calibrate import feeds
 from effllm.compression.layer_drop import Layers, evenly_spaced, hidden_changes, keep_layers, mask_information

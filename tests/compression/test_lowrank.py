@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
+from jobs import TEXTS, make_job
 from torch import nn
-from weights_jobs import TEXTS, make_job
 
 from effllm.compression import parse_method
 from effllm.compression.calibrate import observe

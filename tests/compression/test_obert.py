@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import HEADS, make_model
-from jobs import make_job
+from jobs import TEXTS, make_job
 
 from effllm.compression import parse_method
 from effllm.compression.fisher import per_example_gradients, probe_loss
@@ -54,7 +54,7 @@ def test_no_other_weights_lose_less():
 
 @pytest.mark.parametrize("task", HEADS)
 def test_prunes_every_task_without_labels(tmp_path, task):
-    job = make_job(make_model(tmp_path / "model", task=task), tmp_path, texts=4, task=task)
+    job = make_job(make_model(tmp_path / "model", task=task), tmp_path, texts=TEXTS[:4], task=task)
     parse_method("obert:sparsity=0.6,gradients=8,prunings=2,pattern=global").apply(job)
     weights = [linear.weight for linear in linears(job.model).values()]
     total = sum(weight.numel() for weight in weights)
@@ -65,7 +65,7 @@ def test_groups_of_layers_give_what_all_at_once_gives(classifier, tmp_path, monk
     results = []
     for memory in (2**31, 1):
         monkeypatch.setattr("effllm.compression.obert.MEMORY_BYTES", memory)
-        job = make_job(classifier, tmp_path, texts=4)
+        job = make_job(classifier, tmp_path, texts=TEXTS[:4])
         method = parse_method("obert:gradients=4")
         names = [name for group in method._groups(job) for name in group]
         results.append({n: b for group in method._groups(job) for n, b in method._fisher(job, group).items()})
@@ -75,7 +75,7 @@ def test_groups_of_layers_give_what_all_at_once_gives(classifier, tmp_path, monk
 
 
 def test_gradients_are_those_of_the_texts_alone(classifier, tmp_path):
-    job = make_job(classifier, tmp_path, texts=2)
+    job = make_job(classifier, tmp_path, texts=TEXTS[:2])
     weight = job.model.base_model.get_submodule("encoder.layer.1.output.dense").weight
     source = job.source
     found = list(per_example_gradients(job.model, source.task, source.head, job.encodings(), [weight], count=5, seed=3))
@@ -107,7 +107,7 @@ def test_padding_changes_nothing(name):
 
 
 def test_no_sparsity_changes_nothing(classifier, tmp_path):
-    job = make_job(classifier, tmp_path, texts=2)
+    job = make_job(classifier, tmp_path, texts=TEXTS[:2])
     before = {name: weight_of(job.model, name).clone() for name in linears(job.model)}
     parse_method("obert:sparsity=0,gradients=2,prunings=1").apply(job)
     assert all(torch.equal(weight_of(job.model, name), weight) for name, weight in before.items())

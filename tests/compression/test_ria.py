@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from jobs import make_job
+from jobs import TEXTS, make_job
 
 from effllm.compression import parse_method
 from effllm.compression.calibrate import Moments
@@ -67,7 +67,7 @@ def test_rows_and_columns_of_zeros_have_no_importance() -> None:
 def test_a_small_output_channel_keeps_weights_where_a_layer_competes(classifier, tmp_path) -> None:
     kept = {}
     for name in ("ria", "wanda"):
-        job = make_job(classifier, tmp_path, texts=4)
+        job = make_job(classifier, tmp_path, texts=TEXTS[:4])
         query = next(iter(linears(job.model)))
         weight_of(job.model, query)[0] *= 1e-3
         parse_method(f"{name}:pattern=layer").apply(job)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, make_model
-from weights_jobs import TASK_OF, TEXTS, make_job
+from jobs import TASK_OF, TEXTS, make_job
 
 from effllm.compression import parse_method
 from effllm.compression.calibrate import feeds

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
-from weights_jobs import make_job
+from jobs import make_job
 
 from effllm.compression import latency_table
 from effllm.compression.ffn import Ffn

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
+from jobs import TASK_OF, TEXTS, make_job
 from torch import nn
-from weights_jobs import TASK_OF, TEXTS, make_job
 
 from effllm.compression.calibrate import feeds
 from effllm.compression.slicing import blocks

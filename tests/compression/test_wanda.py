@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_model
-from jobs import make_job
+from jobs import TEXTS, make_job
 
 from effllm.compression import parse_method
 from effllm.compression.calibrate import Moments, observe
@@ -31,7 +31,7 @@ def test_importance_is_weight_times_norm_of_its_input():
 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert", "modernbert"])
 def test_layers_in_order_see_what_a_whole_pass_shows(tmp_path, architecture):
-    job = make_job(make_model(tmp_path / "model", architecture), tmp_path, texts=3)
+    job = make_job(make_model(tmp_path / "model", architecture), tmp_path, texts=TEXTS[:3])
     whole = observe(job.model, list(linears(job.model)), job.encodings())
     seen = {name: m for moments in layer_by_layer(job.model, job.encodings()) for name, m in moments.items()}
     assert list(seen) == list(whole)
@@ -41,7 +41,7 @@ def test_layers_in_order_see_what_a_whole_pass_shows(tmp_path, architecture):
 
 
 def test_later_layers_see_what_earlier_ones_became(classifier, tmp_path):
-    job = make_job(classifier, tmp_path, texts=3)
+    job = make_job(classifier, tmp_path, texts=TEXTS[:3])
     grams = []
     for moments in layer_by_layer(job.model, job.encodings()):
         grams.append(moments)
@@ -54,10 +54,10 @@ def test_later_layers_see_what_earlier_ones_became(classifier, tmp_path):
 
 def test_a_layer_is_pruned_on_what_the_pruned_ones_before_it_give(tmp_path):
     folder = make_model(tmp_path / "model")
-    dense, job = make_job(folder, tmp_path, texts=3), make_job(folder, tmp_path, texts=3)
+    dense, job = make_job(folder, tmp_path, texts=TEXTS[:3]), make_job(folder, tmp_path, texts=TEXTS[:3])
     wanda = parse_method("wanda:sparsity=0.5")
     wanda.apply(job)
-    half = make_job(folder, tmp_path, texts=3)
+    half = make_job(folder, tmp_path, texts=TEXTS[:3])
     for name in linears(half.model):
         if ".layer.0." in name:
             weight_of(half.model, name).copy_(weight_of(job.model, name))
@@ -91,7 +91,7 @@ def test_loses_less_of_every_first_layer_output_than_magnitude(tmp_path, method)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", ["layer", "row", "2:4", "4:8"])
 def test_patterns_hold(classifier, tmp_path, method, pattern):
-    job = make_job(classifier, tmp_path, texts=4)
+    job = make_job(classifier, tmp_path, texts=TEXTS[:4])
     changed = parse_method(
         f"{method}:pattern={pattern},block_size=24" if method == "sparsegpt" else f"{method}:pattern={pattern}"
     ).apply(job)
