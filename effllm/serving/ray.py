@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,10 @@ def deploy(folders: Mapping[str, Path], settings: ServeSettings, scale: RaySetti
     """
     if not ray.is_initialized():
         try:
+            _try_connection(scale.ray_address)
             address = None if scale.ray_address == "local" else scale.ray_address
             ray.init(address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise SettingError(f"no Ray cluster at {scale.ray_address}: {error}") from None
     serve.start(proxy_location="EveryNode", http_options={"host": settings.host, "port": settings.port})
     threads = settings.threads or 1
@@ -93,3 +95,10 @@ def deploy(folders: Mapping[str, Path], settings: ServeSettings, scale: RaySetti
     settings = dataclasses.replace(settings, threads=threads)
     paths = {name: str(path.absolute()) for name, path in folders.items()}
     serve.run(deployment.bind(paths, dataclasses.asdict(settings)), name=scale.ray_app, route_prefix="/")
+
+
+def _try_connection(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT; Ray itself would go on asking for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()

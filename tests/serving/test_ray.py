@@ -89,6 +89,14 @@ def wait_for(status: int, seconds: float = 60) -> httpx.Response:
         time.sleep(0.5)
 
 
+def test_a_cluster_that_is_not_there_is_named(folder: Path) -> None:
+    from effllm.serving.ray import deploy
+
+    assert not ray.is_initialized()  # so this stands before the tests that start a cluster
+    with pytest.raises(SettingError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        deploy({"a": folder}, SETTINGS, RaySettings(ray_address="127.0.0.1:1"))
+
+
 def test_a_killed_node_costs_its_own_requests_and_the_other_goes_on(cluster: Any, folder: Path) -> None:
     deploy(folder, "first")
     assert wait_for(200).status_code == 200
@@ -115,12 +123,3 @@ def test_an_update_drops_no_request(cluster: Any, folder: Path) -> None:
     counts = load.stop()
     assert httpx.get(f"{URL}/info").json()["model_id"] == "second"
     assert set(counts) == {"200"}
-
-
-def test_a_cluster_that_is_not_there_is_named(folder: Path) -> None:
-    from effllm.serving.ray import deploy
-
-    if ray.is_initialized():
-        pytest.skip("this process has a cluster")
-    with pytest.raises(SettingError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
-        deploy({"a": folder}, SETTINGS, RaySettings(ray_address="127.0.0.1:1"))
