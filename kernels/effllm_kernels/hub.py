@@ -23,19 +23,34 @@ LEFT_OUT = {"hf.py", "hub.py"}
 
 
 def write_layout(folder: str | Path) -> Path:
-    """Write the layout into a folder, in place of an earlier `build` there, and return the folder."""
+    """Write the layout into a folder, in place of an earlier layout's `build` there, and return the folder.
+
+    Raises FileExistsError, having changed nothing, for a `build` that holds anything else.
+    """
     target = Path(folder)
     build = target / "build"
-    shutil.rmtree(build, ignore_errors=True)
+    if build.exists():
+        if not _is_layout(build):
+            raise FileExistsError(f"{build} was not written by effllm_kernels, so it stays; choose another folder")
+        shutil.rmtree(build)
     files = [file for file in sorted(PACKAGE.glob("*.py")) if file.name not in LEFT_OUT]
     for backend in BACKENDS:
         variant = build / f"torch-{backend}"
         variant.mkdir(parents=True)
+        text = json.dumps(metadata(files, backend), indent=2) + "\n"
+        (variant / "metadata.json").write_text(text, encoding="utf-8")  # first: it says whose folder this is
         for file in files:
             shutil.copyfile(file, variant / file.name)
-        text = json.dumps(metadata(files, backend), indent=2) + "\n"
-        (variant / "metadata.json").write_text(text, encoding="utf-8")
     return target
+
+
+def _is_layout(build: Path) -> bool:
+    """Return whether a folder holds nothing but variants that `write_layout` wrote."""
+    try:
+        told = [json.loads((variant / "metadata.json").read_text(encoding="utf-8")) for variant in build.iterdir()]
+    except (OSError, ValueError):
+        return False
+    return all(isinstance(one, dict) and one.get("name") == NAME for one in told)
 
 
 def metadata(files: list[Path], backend: str) -> dict[str, Any]:

@@ -49,6 +49,31 @@ def test_metadata_names_the_contents(tmp_path: Path) -> None:
     assert hub.metadata(files, "cpu")["id"] != told["id"]
 
 
+def test_an_earlier_layout_is_replaced(tmp_path: Path) -> None:
+    variant = hub.write_layout(tmp_path) / "build" / "torch-cpu"
+    (variant / "removed_since.py").touch()
+    hub.write_layout(tmp_path)
+    assert (variant / "__init__.py").is_file()
+    assert not (variant / "removed_since.py").exists()
+
+
+def test_a_build_of_somebody_else_stays(tmp_path: Path) -> None:
+    file = tmp_path / "build" / "lib" / "module.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("x = 1\n", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="not written by effllm_kernels"):
+        hub.write_layout(tmp_path)
+    beside = hub.write_layout(tmp_path / "own") / "build" / "notes.txt"
+    beside.write_text("kept\n", encoding="utf-8")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "build").write_text("a file\n", encoding="utf-8")
+    for folder in ("own", "other"):
+        with pytest.raises(FileExistsError, match="not written by effllm_kernels"):
+            hub.write_layout(tmp_path / folder)
+    assert file.is_file()
+    assert beside.is_file()
+
+
 @pytest.mark.slow
 def test_the_kernels_package_and_transformers_load_it(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
