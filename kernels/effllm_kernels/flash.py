@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_attention import attention, attention_qkvpacked, check_rotary, positive, seed_tensor
+from .fused_attention import attention, attention_qkvpacked, bounds, check_rotary, check_shape, positive, seed_tensor
 from .operators import NAMESPACE
-from .terms import UNLIMITED, Terms
+from .terms import Terms, flat
 
 NO_WINDOW = (-1, -1)
 
@@ -168,10 +168,13 @@ def _packed_terms(
     softcap: float,
     alibi_slopes: Tensor | None,
 ) -> Terms:
-    if query_starts.shape != key_starts.shape:
-        raise ValueError(f"cu_seqlens must have one shape, got {query_starts.shape} and {key_starts.shape}")
-    left, right = (UNLIMITED if side < 0 else side for side in window_size)
-    return Terms(
+    if query_starts.shape != key_starts.shape or query_starts.dim() != 1:
+        got = f"{tuple(query_starts.shape)} and {tuple(key_starts.shape)}"
+        raise ValueError(f"cu_seqlens must be of one shape (sequences + 1,), got {got}")
+    sequences, heads = query_starts.shape[0] - 1, q.shape[-2]
+    check_shape("alibi_slopes", alibi_slopes, ((heads,), (sequences, heads)))
+    left, right = bounds(_window(window_size), causal)
+    terms = Terms(
         query_starts=query_starts,
         key_starts=key_starts,
         query_lengths=None,
@@ -190,9 +193,10 @@ def _packed_terms(
         max_query=max_query,
         max_key=max_key,
         left=left,
-        right=0 if causal else right,
+        right=right,
         dropout=float(dropout_p),
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else positive("softmax_scale", scale),
         softcap=positive("softcap", softcap) if softcap else 0.0,
         rotary_interleaved=False,
     )
+    return flat(terms)

@@ -19,10 +19,12 @@ from torch import Tensor
 from . import reference
 from .operators import NAMESPACE
 from .record import Case, Kernel, attention_bytes, attention_flops
-from .terms import UNLIMITED, Terms
+from .terms import UNLIMITED, Terms, flat
 
 Window = int | tuple[int | None, int | None] | None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FARTHEST = 2**30
+"""No sequence is as long; the sum of a position and a nearer bound is a 32-bit number."""
 
 
 def attention(
@@ -82,7 +84,7 @@ def attention(
     more. Where rows see thousands of keys, turning q and k beforehand is likely the faster (not measured).
 
     Dropout is a function of (seed, batch, head, i, j) alone, its rate a multiple of 1/65536. `seed` is a number or a
-    (1,) int64 tensor; without it one is drawn from torch's generator. Sums have a fixed order: equal inputs give equal
+    (1,) tensor; without it one is drawn from torch's generator. Sums have a fixed order: equal inputs give equal
     bits, and a sequence's output does not depend, to the bit, on the others in its batch; nor do its gradients, except
     that keys that all fit in one tile (128 at width 64 in half precision) take a shorter path.
 
@@ -163,11 +165,11 @@ def attention_terms(
     _check(q, k, v)
     batch, queries, count, width = q.shape
     for name, mask, size in (("key_mask", key_mask, k.shape[1]), ("query_mask", query_mask, queries)):
-        _check_shape(name, mask, ((batch, size),))
+        check_shape(name, mask, ((batch, size),))
     for name, lengths in (("key_lengths", key_lengths), ("query_lengths", query_lengths)):
-        _check_shape(name, lengths, ((batch,),))
-    _check_shape("alibi_slopes", alibi_slopes, ((count,), (batch, count)))
-    _check_shape("heads", heads, ((count,),))
+        check_shape(name, lengths, ((batch,),))
+    check_shape("alibi_slopes", alibi_slopes, ((count,), (batch, count)))
+    check_shape("heads", heads, ((count,),))
     if relative_bias is not None:
         _require(c2p is None, "give relative_bias or c2p, not both")
         _require(relative_bias.shape[0] == count, f"relative_bias must have {count} rows, one a head")
@@ -177,7 +179,7 @@ def attention_terms(
     check_rotary(rotary_cos, rotary_sin, batch, k.shape[1], width)
     _require(rotary_cos is None or queries <= k.shape[1], "rotary_cos needs S_q <= S_k: a row's position is a key's")
     left, right = bounds(window, causal)
-    return Terms(
+    terms = Terms(
         query_starts=None,
         key_starts=None,
         query_lengths=query_lengths,
@@ -189,7 +191,7 @@ def attention_terms(
         alibi_slopes=alibi_slopes,
         c2p=c2p,
         p2c=p2c,
-        relative_index=None if relative_index is None else relative_index.to(torch.int32),
+        relative_index=relative_index,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         seed=seed_tensor(seed, dropout_p, q.device),
@@ -202,6 +204,7 @@ def attention_terms(
         softcap=0.0 if softcap is None else positive("softcap", softcap),
         rotary_interleaved=rotary_interleaved,
     )
+    return flat(terms)
 
 
 def check_rotary(cos: Tensor | None, sin: Tensor | None, sequences: int, longest: int, width: int) -> None:
@@ -225,19 +228,24 @@ def _told(x: Tensor) -> str:
 def bounds(window: Window, causal: bool) -> tuple[int, int]:
     """Return how many keys before and after its own a row sees; UNLIMITED is no bound."""
     sides = window if isinstance(window, tuple) else (window, window)
-    left, right = (UNLIMITED if side is None else side for side in sides)
+    left, right = (UNLIMITED if side is None or side >= FARTHEST else side for side in sides)
     _require(left >= UNLIMITED and right >= UNLIMITED, f"window must be non-negative, got {window}")
     return left, 0 if causal else right
 
 
 def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """Return the dropout seed as (1,) int64 on the device, None when nothing is dropped."""
-    _require(0 <= dropout_p < 1, f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
+    """Return the dropout seed as (1,) integers, None when nothing is dropped. Raises ValueError for a rate of 1."""
+    if not 0 <= dropout_p < 1 - 2**-17:
+        wanted = "at least 0 and less than 1, also when rounded to a multiple of 1/65536"
+        raise ValueError(f"dropout_p must be {wanted}, got {dropout_p}")
     if round(dropout_p * 65536) == 0:
         return None
     if seed is None:
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
-    return seed if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    check_shape("seed", seed, ((1,),))
+    return seed
 
 
 def positive(name: str, value: float) -> float:
@@ -262,7 +270,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     _require(not q.is_cuda or q.dtype != torch.float64, "float64 runs on the CPU only; use float32")
 
 
-def _check_shape(name: str, value: Tensor | None, allowed: tuple[tuple[int, ...], ...]) -> None:
+def check_shape(name: str, value: Tensor | None, allowed: tuple[tuple[int, ...], ...]) -> None:
+    """Raise ValueError unless the value is None or of one of the shapes."""
     if value is not None and tuple(value.shape) not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(str, allowed))}, got {tuple(value.shape)}")
 
@@ -272,8 +281,8 @@ def _check_relative(q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None
     _require(given == (index is not None), "relative_index goes with relative_bias, c2p or p2c")
     for name, term, size in (("c2p", c2p, q.shape[1]), ("p2c", p2c, k.shape[1])):
         if term is not None:
-            _check_shape(name, term, ((q.shape[0], size, q.shape[2], term.shape[-1]),))
-    _check_shape("relative_index", index, ((q.shape[1] + k.shape[1] - 1,),))
+            check_shape(name, term, ((q.shape[0], size, q.shape[2], term.shape[-1]),))
+    check_shape("relative_index", index, ((q.shape[1] + k.shape[1] - 1,),))
 
 
 def _four_dimensions(bias: Tensor | None, full: tuple[int, ...]) -> Tensor | None:

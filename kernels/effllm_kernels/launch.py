@@ -231,7 +231,6 @@ def _table_view(x: Tensor | None) -> device.View | None:
 
 def _device_terms(terms: Terms) -> device.Terms:
     slopes = terms.alibi_slopes
-    heads = None if terms.heads is None else terms.heads.view(torch.uint8)
     positions, pairs = (None, None) if terms.rotary_cos is None else terms.rotary_cos.shape[-2:]
     steps = () if slopes is None else (0, slopes.stride(0)) if slopes.dim() == 1 else slopes.stride()
     return device.Terms(
@@ -241,7 +240,7 @@ def _device_terms(terms: Terms) -> device.Terms:
         key_lengths=terms.key_lengths,
         query_mask=_mask_view(terms.query_mask),
         key_mask=_mask_view(terms.key_mask),
-        heads=heads,
+        heads=None if terms.heads is None else terms.heads.view(torch.uint8),
         left=None if terms.left == UNLIMITED else terms.left,
         right=None if terms.right == UNLIMITED else terms.right,
         scale=terms.scale,

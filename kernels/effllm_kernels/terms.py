@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 UNLIMITED = -1
@@ -18,6 +19,7 @@ class Terms(NamedTuple):
     distance i - j at place i - j + S_k - 1 of `c2p` (B, S_q, H, R) and `p2c` (B, S_k, H, R). `seed` is (1,) int64.
     `rotary_cos` and `rotary_sin` are (positions, pairs) or (1|sequences, positions, pairs); key j is at position j, row
     i at i + S_k - S_q.
+    One-dimensional tensors are contiguous: kernels read them by their pointers alone (`flat`).
     A row i sees the keys j with -left <= j - (i + S_k - S_q) <= right; UNLIMITED is no bound. `softcap` 0 is none.
     """
 
@@ -54,6 +56,29 @@ class Terms(NamedTuple):
     def threshold(self) -> int:
         """How many of 65536 equal draws drop a probability."""
         return round(self.dropout * 65536)
+
+
+FLAT = {
+    "query_starts": torch.int32,
+    "key_starts": torch.int32,
+    "query_lengths": torch.int32,
+    "key_lengths": torch.int32,
+    "heads": torch.bool,
+    "relative_index": torch.int32,
+    "seed": torch.int64,
+}
+
+
+def flat(terms: Terms) -> Terms:
+    """Return the terms with every tensor of FLAT contiguous and of its dtype; for `heads`, true is what is not 0.
+
+    Raises ValueError for floats where numbers are counted.
+    """
+    given = {name: x for name in FLAT if (x := getattr(terms, name)) is not None}
+    for name, x in given.items():
+        if x.is_floating_point() and name != "heads":
+            raise ValueError(f"{name} must be integers, got {x.dtype}")
+    return terms._replace(**{name: x.to(FLAT[name]).contiguous() for name, x in given.items()})
 
 
 SCHEMA = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from effllm_kernels import attention
+from effllm_kernels import attention, reference
+from effllm_kernels.fused_attention import attention_terms
 from effllm_kernels.record import Case
 from oracle import assert_as_exact_as_torch, exact, output_gradient, plain, results
 
@@ -75,6 +76,14 @@ def test_causal_rows_before_the_first_key_are_zero(device):
     assert not got["dq"][0, :30].any()
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31 - 40, 2**70, (2**31 - 1, None), (None, 2**31 - 1)])
+def test_a_window_past_every_key_is_none(window, device):
+    given = Case("w", batch=1, queries=40, keys=40, heads=1, width=16).inputs(torch.float32, device)
+    dout = output_gradient(given)
+    got, want = results(lambda **x: attention(**x, window=window), given, dout), results(attention, given, dout)
+    assert all(torch.equal(value, want[name]) for name, value in got.items())
+
+
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 64])
 def test_a_window_ends_exactly_where_it_says(size, device):
     """With constant logits the output is the mean of the visible values, here the positions themselves."""
@@ -119,6 +128,40 @@ def test_pruned_heads_cost_their_groups_nothing(device):
         torch.testing.assert_close(got[name], whole[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_heads_are_kept_where_they_are_not_zero(dtype, device):
+    given, kept = tensors(device), torch.tensor([True, False], device=device)
+    number = torch.tensor([256.0 if dtype.itemsize > 1 else 3, 0], device=device).to(dtype)
+    for run in (attention, lambda **x: reference.forward(*(x[n] for n in "qkv"), attention_terms(**x))[0]):
+        assert torch.equal(run(**given, heads=number), run(**given, heads=kept))
+
+
+@pytest.mark.parametrize("name", ["key_lengths", "query_lengths", "heads", "relative_index"])
+def test_one_dimensional_terms_may_have_strides(name, device):
+    given = tensors(device) | {
+        "key_lengths": torch.tensor([LENGTH, 7, 23], dtype=torch.int32, device=device),
+        "query_lengths": torch.tensor([9, LENGTH, 23], dtype=torch.int32, device=device),
+        "heads": torch.tensor([True, False], device=device),
+        "relative_index": (torch.arange(2 * LENGTH - 1, device=device) % 5).int(),
+        "relative_bias": torch.tensor([[1.0, -2, 3, 0, 5]] * HEADS, device=device),
+    }
+    strided = given | {name: given[name].repeat_interleave(2)[::2]}
+    dout = output_gradient(given)
+    got, want = results(attention, strided, dout), results(attention, given, dout)
+    assert all(torch.equal(value, want[name]) for name, value in got.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("value", [3, -5])
+def test_a_seed_drops_the_same_in_every_integer_type(dtype, value, device):
+    given = tensors(device, torch.float32) | {"dropout_p": 0.3}
+    want = attention(**given, seed=value)
+    given["seed"] = torch.tensor([value], dtype=dtype, device=device)
+    assert torch.equal(attention(**given), want)
+    same, _ = reference.forward(*(given[n] for n in "qkv"), attention_terms(**given))
+    torch.testing.assert_close(same, want)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -129,6 +172,10 @@ def test_pruned_heads_cost_their_groups_nothing(device):
         ({"heads": torch.ones(3, dtype=torch.bool)}, r"heads must be \(2,\)"),
         ({"c2p": torch.ones(3, 40, 2, 5)}, "relative_index goes with"),
         ({"dropout_p": 1.0}, "dropout_p must be at least 0"),
+        ({"dropout_p": 0.999995}, "dropout_p must be at least 0"),
+        ({"key_lengths": torch.ones(3)}, "key_lengths must be integers"),
+        ({"dropout_p": 0.1, "seed": torch.ones(1)}, "seed must be integers"),
+        ({"dropout_p": 0.1, "seed": torch.ones(2, dtype=torch.int64)}, r"seed must be \(1,\)"),
         ({"window": -3}, "window must be non-negative"),
         ({"scale": 0.0}, "scale must be greater than 0"),
         ({"k": torch.ones(3, 40, 2, 16)}, "one dtype"),
@@ -138,3 +185,8 @@ def test_pruned_heads_cost_their_groups_nothing(device):
 def test_what_does_not_fit_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         attention(**(tensors("cpu") | wrong))
+
+
+def test_the_highest_dropout_that_is_not_all(device):
+    given = tensors(device, torch.float32) | {"dropout_p": 65535 / 65536, "seed": 1}
+    assert attention(**given).isfinite().all()

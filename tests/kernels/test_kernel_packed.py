@@ -37,6 +37,34 @@ def test_packed_sequences_equal_each_one_alone(settings, device):
                 torch.testing.assert_close(got[name][low:high], value[0], rtol=4e-3, atol=4e-3)
 
 
+def test_starts_may_have_strides(device):
+    given, starts = packed(device)
+    dout, strided = output_gradient(given), starts.repeat_interleave(2)[::2]
+
+    def run(starts):
+        return results(lambda q, k, v: flash_attn_varlen_func(q, k, v, starts, starts, 70, 70), given, dout)
+
+    got, want = run(strided), run(starts)
+    assert all(torch.equal(value, want[name]) for name, value in got.items())
+
+
+def test_a_packed_window_past_every_key_is_none(device):
+    given, starts = packed(device)
+    sides = (2**31 - 1, 2**31 - 1)
+    got = flash_attn_varlen_func(*given.values(), starts, starts, 70, 70, window_size=sides)
+    assert torch.equal(got, flash_attn_varlen_func(*given.values(), starts, starts, 70, 70))
+
+
+def test_slopes_that_do_not_fit_are_refused(device):
+    given, starts = packed(device)
+    qkv = torch.stack(list(given.values()), 1)
+    for slopes in (torch.ones(1, device=device), torch.ones(5, 2, device=device)):
+        with pytest.raises(ValueError, match=r"alibi_slopes must be \(2,\) or \(6, 2\)"):
+            flash_attn_varlen_func(*given.values(), starts, starts, 70, 70, alibi_slopes=slopes)
+        with pytest.raises(ValueError, match=r"alibi_slopes must be \(2,\) or \(6, 2\)"):
+            flash_attn_varlen_qkvpacked_func(qkv, starts, 70, alibi_slopes=slopes)
+
+
 def test_rows_after_the_last_sequence_are_zero(device):
     given, starts = packed(device, tail=9)
     dout = output_gradient(given)
