@@ -1,4 +1,4 @@
-"""Token classification: one label per word; entities in the IOB2 scheme."""
+"""Token classification: one label per word; entities in the schemes IOB2, IOBES and BILOU."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
 
 
+STARTS, ENDS = "BSU", "ESLU"
+PREFIXES = frozenset(f"{letter}-" for letter in "BIESLU")
+
+
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Return the (type, first, last) word spans of a tag sequence, as the CoNLL evaluation counts them.
 
-    A span starts at `B-X`, and at `I-X` whose predecessor is not part of an X; it ends before the next start, other
-    type or `O`. Tags without a prefix count as one span per run of equal tags.
+    A span starts at `B-X`, at `S-X` and `U-X`, and at any other tag of X whose predecessor is not part of an X; it ends
+    at `E-X`, `L-X`, `S-X` and `U-X`, and before the next start, other type or `O`. Tags without a prefix count as one
+    span per run of equal tags.
     """
     found = set()
-    kind, start = "", 0
+    kind, start, over = "", 0, False
     for index, tag in enumerate([*tags, "O"]):
-        prefix, _, name = tag.partition("-") if tag[:2] in {"B-", "I-"} else ("I", "-", "" if tag == "O" else tag)
-        if kind and (name != kind or prefix == "B"):
+        prefix, _, name = tag.partition("-") if tag[:2] in PREFIXES else ("I", "-", "" if tag == "O" else tag)
+        if kind and (name != kind or over or prefix in STARTS):
             found.add((kind, start, index - 1))
             kind = ""
         if name and not kind:
             kind, start = name, index
+        over = prefix in ENDS
     return found
 
 

@@ -14,6 +14,7 @@ from scipy import stats
 from effllm.measure.quality import quality_rows
 from effllm.tasks import TASKS, Example, Head
 from effllm.tasks.question_answering import Reference, answer_f1, exact_match
+from effllm.tasks.token_classification import entities
 
 SAME = {"rel": 1e-9, "abs": 1e-9}
 
@@ -82,7 +83,7 @@ def test_correlations_equal_scipy_and_are_zero_where_undefined(pairs: list[tuple
             assert found["pearson"] == pytest.approx(stats.pearsonr(array[:, 0], array[:, 1]).statistic, **SAME)
 
 
-TAGS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "ORG"))]
+TAGS = ["O", *(f"{prefix}-{kind}" for prefix in "BIES" for kind in ("PER", "LOC", "ORG"))]
 SENTENCE = st.lists(st.tuples(st.sampled_from(TAGS), st.sampled_from(TAGS)), min_size=1, max_size=12)
 
 
@@ -105,6 +106,13 @@ def test_entities_equal_seqeval(sentences: list[list[tuple[str, str]]]) -> None:
         assert found["f1"] == pytest.approx(metrics.f1_score(reference, predicted), **SAME)
         assert found["precision"] == pytest.approx(metrics.precision_score(reference, predicted), **SAME)
         assert found["recall"] == pytest.approx(metrics.recall_score(reference, predicted), **SAME)
+
+
+def test_entities_of_bilou_are_those_of_iobes() -> None:
+    bilou = ["U-PER", "B-LOC", "I-LOC", "L-LOC", "L-LOC", "U-LOC", "O", "I-PER"]
+    iobes = [tag.replace("U-", "S-").replace("L-", "E-") for tag in bilou]
+    assert entities(bilou) == entities(iobes)
+    assert entities(bilou) == {("PER", 0, 0), ("LOC", 1, 3), ("LOC", 4, 4), ("LOC", 5, 5), ("PER", 7, 7)}
 
 
 PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
