@@ -1,8 +1,8 @@
 """auto: searches pruning, distillation and precision together, with latencies measured on this machine and the gate.
 
 A trial is a row of other methods, made and judged as if it had been asked for by hand. The search goes from what loses
-least to what saves most: quantisation alone; then pruning to smaller and smaller shares of the multiplications, each
-recovered by distillation where there are training texts. A share whose quantised model loses too much is quantised
+least to what saves most: quantisation alone; then pruning to half of the multiplications and less, each share recovered
+by distillation where there are training texts. A share whose quantised model loses too much is quantised
 again with the layers that lose most left float, which costs no training. Where all of that fails, the next share lies
 between it and the last that passed. Every trial is noted in a journal beside the target, so that a search that was cut
 off goes on where it was.
@@ -23,10 +23,8 @@ from effllm.errors import CheckFailed, GateFailed, SettingError, TrainingStopped
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
 
-SHARES = (0.75, 0.5, 0.33, 0.2)
-"""The shares of the multiplications that are tried, before the search goes between them."""
-FAILURES = 2
-"""After so many shares in a row that fail no smaller one is tried: one alone may be chance, on few examples."""
+SHARES = (0.5, 0.33, 0.2)
+"""The shares of the multiplications that are tried while they pass, before the search goes between them."""
 CLOSE = 0.06
 """The search stops where the share that fails and the one that passes are so close."""
 FORMS = ("int8", "int8:float_layers=2", "int8:float_layers=4")
@@ -78,7 +76,7 @@ class Auto:
         default=0.0, metadata={"help": "stop at a trial whose file is at most this share of the dense one; 0 = fastest"}
     )
     budget_minutes: float = field(default=30.0, metadata={"help": "start no trial after this time"})
-    distil_steps: int = field(default=600, metadata={"help": "steps of distillation after pruning, with --train"})
+    distil_steps: int = field(default=2000, metadata={"help": "steps of distillation after pruning, with --train"})
     precision: Literal["fp32", "bf16"] = field(
         default="fp32", metadata={"help": "how distillation computes products: in fp32, or in bf16 by autocast"}
     )
@@ -146,15 +144,12 @@ class Auto:
             return forms(f"structured:flops={share:g}", *recover)
 
         yield from forms()
-        passing, failed = 1.0, list[float]()
+        passing, failing = 1.0, 0.0
         for share in SHARES:
-            if (yield from pruned(share)):
-                passing, failed = share, []
-            else:
-                failed.append(share)
-            if len(failed) == FAILURES:
+            if not (yield from pruned(share)):
+                failing = share
                 break
-        failing = failed[0] if failed else 0.0
+            passing = share
         while failing and passing - failing > CLOSE:
             share = round((passing + failing) / 2, 3)
             if (yield from pruned(share)):

@@ -26,7 +26,6 @@ class Distil(Training):
     summary: ClassVar[str] = "recovers by learning from the dense model; needs --train, labels are optional"
     stage: ClassVar[Stage] = Stage.TRAIN
 
-    learning_rate: float = field(kw_only=True, default=2e-4, metadata={"help": "peak learning rate"})
     logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})
     attention: float = field(default=0.0, metadata={"help": "weight of matching its last attention relations"})
     temperature: float = field(default=2.0, metadata={"help": "softens both models' logits"})
