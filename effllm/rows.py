@@ -10,12 +10,16 @@ import dataclasses
 import datetime
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from effllm.errors import ArtifactError
+
+NUMBERS_OF_HOW = ("clients", "rate", "within_ms")
+"""Conditions that are numbers wherever they are given; `tokens` and others may be words too."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,25 @@ class Row:
         numbers = (row.value, row.n, *(bound for bound in (row.low, row.high) if bound is not None))
         if not all(isinstance(t, str) for t in texts) or not isinstance(row.how, dict):
             raise ValueError("a field that should be text is not")
-        if not all(isinstance(n, (int, float)) for n in numbers):
+        if not all(_is_number(n) for n in numbers):
             raise ValueError("a field that should be a number is not")
+        _check_conditions(row.how)
         return row
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a JSON value is a number that a float can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
+
+
+def _check_conditions(how: dict[str, Any]) -> None:
+    """Check the conditions that reports read. Raises ValueError naming the one that is wrong."""
+    if not isinstance(how.get("role", ""), str):
+        raise ValueError("how.role is not text")
+    for key, value in how.items():
+        numeric = key in NUMBERS_OF_HOW or isinstance(value, (int, float))
+        if numeric and not (_is_number(value) and math.isfinite(value)):
+            raise ValueError(f"how.{key} is not a finite number")
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
+import json
+import math
 import re
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from effllm.report import html_page, markdown_table, terminal_table, text
@@ -303,6 +308,62 @@ def test_markdown_escapes_pipes_and_markup():
     for count, header in zip(pipes, headers, strict=True):
         expected = count if header else expected
         assert count == expected
+
+
+def serving(metric, value, *, system="s", **how):
+    return row(metric, value, "", system, how={"role": "serving", "api": "tei", **how})
+
+
+def test_a_cell_of_several_lines_stays_one_cell_of_markdown():
+    rows = [serving("throughput served", 10.0, clients=8)]
+    rows += [serving("requests", 5 * n, clients=8, outcome=name) for n, name in enumerate(["200", "503", "timed out"])]
+    lines = [line for line in markdown_table(rows).splitlines() if line.startswith("|")]
+    assert lines[-1] == "| 8 clients | 10.0 | – | – | – | 15 503: 5<br>timed out: 10 |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("missing", ["throughput served", "goodput", "request p50"])
+def test_a_load_without_one_of_its_numbers_has_a_gap(missing):
+    values = {"throughput served": 11.1, "goodput": 22.2, "request p50": 33.3, "request p99": 44.4}
+    rows = [serving(metric, value, clients=8) for metric, value in values.items() if metric != missing]
+    (table,) = all_tables(Measured.of(rows))
+    cells = [cell.text for cell in table.lines[0][1:-1]]
+    assert sorted(cells) == sorted([text.ABSENT] * (len(cells) - 3) + [str(r.value) for r in rows])
+    assert all(printed(stream, rows) for stream in STREAMS)
+
+
+METRICS = ["latency p50", "throughput", "speed-up", "accuracy", "accuracy change", "agreement", "model size", "goodput"]
+METRICS += ["batch dependent", "batch spread", "throughput served", "request p99", "requests", "send delay p99"]
+FIELDS = ["role", "batch", "tokens", "threads", "data", "over", "clients", "rate", "within_ms", "outcome"]
+WORDS = ["quality", "change", "agreement", "serving", "batch", "mix", "a\n|b"]
+NUMBERS = st.sampled_from([-1, 0, 1, 8, 64, 0.5, 16.25, 1e6, math.nan, math.inf, -math.inf, 10**400])
+LEAVES = st.sampled_from(WORDS) | NUMBERS | st.booleans() | st.none()
+ANYTHING = LEAVES | st.lists(LEAVES, max_size=2) | st.dictionaries(st.sampled_from("ab"), LEAVES, max_size=1)
+LINES = st.fixed_dictionaries(
+    {
+        "metric": st.sampled_from(METRICS),
+        "value": st.sampled_from([0.0, -1.5, 0.99, 12.3, 1e9]),
+        "unit": st.sampled_from(["ms", "bytes", "share"]),
+        "system": st.sampled_from(["a", "onnxruntime fp32"]),
+    },
+    optional={
+        "low": NUMBERS,
+        "high": NUMBERS,
+        "how": st.dictionaries(st.sampled_from(FIELDS), LEAVES, max_size=4)
+        | st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=4),
+    },
+)
+
+
+@given(st.lists(LINES, max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_what_is_read_as_a_row_can_be_shown(lines):
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(Row.from_json(json.loads(json.dumps(line))))
+    for stream in STREAMS:
+        assert printed(stream, rows)
 
 
 def test_terminal_neither_reads_markup_nor_passes_escape_codes():

@@ -89,6 +89,13 @@ def test_empty_fields_are_left_out_and_zeros_kept() -> None:
         json.dumps(GOOD | {"unit": None}),
         json.dumps(GOOD | {"system": ["a"]}),
         json.dumps(GOOD | {"how": 5}),
+        json.dumps(GOOD | {"high": 10**400}),
+        json.dumps(GOOD | {"how": {"role": ["serving"]}}),
+        json.dumps(GOOD | {"how": {"role": "serving", "rate": "50"}}),
+        json.dumps(GOOD | {"how": {"role": "serving", "within_ms": None}}),
+        json.dumps(GOOD | {"how": {"clients": [8]}}),
+        json.dumps(GOOD | {"how": {"tokens": math.inf}}),
+        json.dumps(GOOD | {"how": {"tokens": 10**400}}),
     ],
     ids=lambda line: line[:60],
 )
@@ -98,6 +105,12 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(ArtifactError, match=r"rows\.jsonl:3 is not a row of measurements") as caught:
         read_rows(file)
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_condition_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD | {"how": {"role": "serving", "rate": "50"}}))
+    with pytest.raises(ArtifactError, match=r"rows\.jsonl:1 is not .*: how\.rate is not a finite number"):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_blank_lines_and_windows_line_ends_are_read(tmp_path: Path) -> None:

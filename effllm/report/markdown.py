@@ -41,7 +41,7 @@ def _github_table(table: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    return _escaped(f"{cell.text} {cell.detail}".strip())
+    return _escaped(f"{cell.text} {cell.detail}".strip()).replace("\n", "<br>")
 
 
 def _escaped(text: str) -> str:

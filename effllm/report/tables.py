@@ -236,7 +236,7 @@ def _serving(measured: Measured, rows: Sequence[Row], suffix: str) -> list[Table
         for row in group:
             loads.setdefault((_load_name(row), row.system), {})[f"{row.metric}{row.how.get('outcome', '')}"] = row
         # Where every answer was in time, goodput says nothing of its own; the 90th percentile takes its place.
-        late = any("goodput" in r and r["goodput"].value != r["throughput served"].value for r in loads.values())
+        late = any(_is_late(found) for found in loads.values())
         columns = {k: v for k, v in SERVING_COLUMNS.items() if k != ("request p90" if late else "goodput")}
         alone = len({system for _, system in loads}) == 1
         lines = []
@@ -249,6 +249,12 @@ def _serving(measured: Measured, rows: Sequence[Row], suffix: str) -> list[Table
         header = ("load" if alone else "system", *columns.values(), "other outcomes")
         tables.append(Table("Serving", title, header, tuple(lines), _serving_notes(group, late), tuple(group)))
     return tables
+
+
+def _is_late(found: Mapping[str, Row]) -> bool:
+    """Return whether the goodput of a load has to be shown: it differs from the throughput, or stands alone."""
+    good, served = found.get("goodput"), found.get("throughput served")
+    return good is not None and (served is None or good.value != served.value)
 
 
 def _serving_cell(row: Row | None) -> Cell:
