@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from effllm.errors import ArtifactError, SettingError, unknown_name
-from effllm.measure.http_client import Client, NotHttp, Response, Server
+from effllm.measure.http_client import Client, NotHttp, Response, Server, fits_request_line
 
 APIS = ("tei", "openai", "oip")
 TEI_PATHS = {"feature-extraction": "/embed", "text-classification": "/predict"}
@@ -54,6 +54,8 @@ async def find_endpoint(
     if api not in APIS:
         raise unknown_name("API", api, APIS)
     prefix = server.prefix
+    if path and not (path.startswith("/") and fits_request_line(path) and "#" not in path):
+        raise SettingError(f"--path takes a path of plain characters such as /embed, percent-encoded; got {path!r}")
     if api == "tei":
         if not path and task not in TEI_PATHS:
             raise SettingError(f"--api tei takes --task {' or '.join(TEI_PATHS)}, got {task!r}; or give --path")

@@ -189,6 +189,11 @@ class Connection(asyncio.Protocol):
             self._answer.set_exception(ConnectionResetError("the server closed the connection before it answered"))
 
 
+def fits_request_line(text: str) -> bool:
+    """Return whether text goes into a request as it is: ASCII, so that it can be sent, and one word of one line."""
+    return text.isascii() and text.isprintable() and " " not in text
+
+
 @dataclass(frozen=True)
 class Server:
     """Where a server is: parts of `--url` without a trailing slash in `prefix`, and headers for every request."""
@@ -201,17 +206,20 @@ class Server:
 
     @classmethod
     def of(cls, url: str, key: str = "") -> Server:
-        """Read a URL; `key` is sent as `Authorization: Bearer`. Raises SettingError when it is not an HTTP URL."""
+        """Read a URL; `key` is sent as `Authorization: Bearer`. Raises SettingError when it is not an HTTP URL.
+
+        Nothing of a URL ends up in a request as a line or header of its own, and nothing of it is dropped: one with a
+        query is refused.
+        """
         try:
             parts = urlsplit(url)
             port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError as error:
             raise SettingError(f"--url {url!r} is not a URL: {error}") from None
         host = parts.hostname or ""
-        # Nothing of a URL may end up in a request as a line or a header of its own.
-        clean = url.isascii() and url.isprintable() and " " not in url
-        if parts.scheme not in {"http", "https"} or not host or not clean or parts.username is not None:
-            raise SettingError(f"--url takes http://host:port, perhaps with a path; got {url!r}")
+        whole = fits_request_line(url) and "?" not in url and "#" not in url
+        if parts.scheme not in {"http", "https"} or not host or not whole or parts.username is not None:
+            raise SettingError(f"--url takes http://host:port, perhaps with a path but no query; got {url!r}")
         headers = (("Authorization", f"Bearer {key}"),) if key else ()
         return cls(host, port, parts.scheme == "https", parts.path.rstrip("/"), headers)
 

@@ -215,6 +215,11 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
         (["--url", "http://h", "--key-file", "none"], "--key-file none cannot be read"),
         (["--url", "http://h", "--api", "oip"], "needs --model"),
         (["--url", "http://h", "--task", "fill-mask"], "--api tei takes --task"),
+        (["--url", "http://h/v1?key=1"], "--url takes http://host:port"),
+        (["--url", "http://h", "--path", "/embed/€"], "--path takes a path"),
+        (["--url", "http://h", "--path", "/x\r\nEvil: 1"], "--path takes a path"),
+        (["--url", "http://h", "--path", "/a b", "--api", "openai"], "--path takes a path"),
+        (["--url", "http://h", "--path", "embed"], "--path takes a path"),
         (["--url", "http://h", "--threads", "2"], "does not take --threads"),
         (["--url", "http://h", "MODEL"], "does not take MODEL"),
         (["MODEL", "--rate", "5"], "--rate is for a running server"),
@@ -236,10 +241,10 @@ def test_texts_and_key_come_from_files(tmp_path: Path) -> None:
     key.write_text("secret\n", encoding="utf-8")
     with serving(at_once) as server:
         arguments = ["--url", server.url, "--clients", "1", *QUICK, "--data", data, "--columns", "text=sentence"]
-        assert bench(*arguments, "--key-file", key, "--json", "-", "--path", "/own") == 0
+        assert bench(*arguments, "--key-file", key, "--json", "-", "--path", "/own?a=1") == 0
     assert {json.loads(request.body)["inputs"][0] for request in server.requests} == {"café one", "two"}
     assert {request.headers["authorization"] for request in server.requests} == {"bearer secret"}
-    assert {request.path for request in server.requests} == {"/own"}
+    assert {request.path for request in server.requests} == {"/own?a=1"}
 
 
 @pytest.mark.parametrize(

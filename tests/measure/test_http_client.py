@@ -77,7 +77,18 @@ def test_an_address_is_read(url: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8080", "ftp://host", "http://", "http://host:x", "http://h/a b", "http://h/\r\nX: 1", "http://u:p@h"],
+    [
+        *(
+            "localhost:8080",
+            "ftp://host",
+            "http://",
+            "http://host:x",
+            "http://h/a b",
+            "http://h/\r\nX: 1",
+            "http://u:p@h",
+        ),
+        *("http://h/v1?key=1", "http://h/v1?", "http://h/#top"),
+    ],
 )
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(SettingError, match="--url"):
