@@ -15,8 +15,10 @@ import pytest
 from conftest import LABELS, make_model
 
 import effllm
-from effllm.cli import COMMANDS, entry, main
-from effllm.rows import read_rows
+from effllm.cli import COMMANDS, cli, entry, main
+from effllm.cli.console import give_rows
+from effllm.errors import ArtifactError
+from effllm.rows import Row, read_rows
 
 
 def run(*arguments: object) -> int:
@@ -261,6 +263,56 @@ def test_eval_writes_rows_and_report_reads_them(
     capsys.readouterr()
     assert run("report", rows) == 2
     assert ":1 is not a row" in one_line(capsys)
+
+
+TARGETS = {
+    "compress": ["none", "--method", "int8", "--out", "out"],
+    "bench": ["none"],
+    "bench --url": ["--url", "http://127.0.0.1:9"],
+    "eval": ["none", "--data", "none.jsonl"],
+    "finetune": ["none", "--task", "text-classification", "--train", "none.jsonl", "--out", "out"],
+    "prepare": ["none.txt", "--out", "out"],
+    "report": ["none.jsonl"],
+}
+"""Verbs that write a report, with arguments that are wrong too: the report is looked at first."""
+
+
+def report_flags() -> list[tuple[str, str]]:
+    """Return every verb with each of its flags that names a file of a report."""
+    commands = {verb: cli.get_command(None, verb) for verb in COMMANDS}
+    flags = {
+        verb: [p.opts[-1] for p in c.params if p.name in {"json_file", "html_file"}] for verb, c in commands.items()
+    }
+    return [(verb, flag) for verb in (*COMMANDS, "bench --url") for flag in flags[verb.removesuffix(" --url")]]
+
+
+@pytest.mark.parametrize(("verb", "flag"), report_flags())
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    verb: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "taken.part"):
+        Path(folder).mkdir()
+    Path("file").touch()
+    wrong = ["folder", "missing/rows", "file/rows", "taken", "x" * 252, "/dev/null", ""]
+    wrong += ["/proc/rows"] if Path("/proc/self").exists() else []
+    for target in wrong:
+        assert run(verb.removesuffix(" --url"), *TARGETS[verb], flag, target) == 2
+        line = one_line(capsys)
+        assert line.startswith(f"error: {flag} "), (target, line)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "taken.part"]
+
+
+def test_reports_replace_files_and_one_that_fails_does_not_take_the_other_along(tmp_path: Path) -> None:
+    row, page, rows = Row("f1", 0.5, "share", "int8"), tmp_path / "page.html", tmp_path / "rows.jsonl"
+    page.write_text("old", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="rows cannot be written: No such file or directory"):
+        give_rows([row], str(tmp_path / "gone" / "rows"), str(page), "a title")
+    assert "a title" in page.read_text(encoding="utf-8")
+    rows.write_text("old", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="page cannot be written: No such file or directory"):
+        give_rows([row], str(rows), str(tmp_path / "gone" / "page"), "a title")
+    assert read_rows(rows) == [row]
 
 
 def test_a_broken_gate_is_exit_code_3_with_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ def bench(
         return
     from pathlib import Path
 
-    from effllm.cli.console import print_rows, progress, say, write_html, write_json
+    from effllm.cli.console import give_rows, progress
     from effllm.data.readers import parse_columns
     from effllm.lineup import BenchSettings
     from effllm.lineup import bench as run
@@ -108,10 +108,4 @@ def bench(
     )
     with progress() as track:
         rows = run(models, chosen, track)
-    if json_file != "-":
-        print_rows(rows)
-    if json_file:
-        write_json(json_file, rows)
-    if html_file:
-        write_html(html_file, rows, " · ".join(Path(model).name for model in models))
-        say(f"wrote {html_file}")
+    give_rows(rows, json_file, html_file, " · ".join(Path(model).name for model in models))

@@ -55,7 +55,7 @@ def bench_url(
 
     Raises CheckFailed, after the rows so far are shown and written, when the server stopped answering.
     """
-    from effllm.cli.console import print_rows, progress, say, write_html, write_json
+    from effllm.cli.console import give_rows, progress
     from effllm.measure.server import bench_server
     from effllm.rows import Row
 
@@ -68,13 +68,7 @@ def bench_url(
                 rows.append(row)
         except CheckFailed as error:
             died = error
-    if json_file != "-":
-        print_rows(rows)
-    if json_file:
-        write_json(json_file, rows)
-    if html_file:
-        write_html(html_file, rows, f"{rows[0].system} under load")
-        say(f"wrote {html_file}")
+    give_rows(rows, json_file, html_file, f"{rows[0].system} under load")
     if died:
         raise died
 

@@ -78,7 +78,7 @@ def compress(
     from effllm.variant import check_target
 
     check_target(Path(out), force=force)
-    from effllm.cli.console import print_rows, progress, say, write_html, write_json
+    from effllm.cli.console import give_rows, progress, say
     from effllm.compression import parse_method
     from effllm.compression.pipeline import compress as run
     from effllm.data.readers import parse_columns
@@ -100,13 +100,9 @@ def compress(
             force=force,
             track=track,
         )
-    if json_file != "-":
-        print_rows(variant.rows)
-    if json_file:
-        write_json(json_file, variant.rows)
-    if html_file:
-        write_html(html_file, variant.rows, f"{Path(model).name}: {', '.join(specs)}", variant.manifest["notes"])
-    for note in variant.manifest["notes"]:
+    notes = variant.manifest["notes"]
+    give_rows(variant.rows, json_file, html_file, f"{Path(model).name}: {', '.join(specs)}", notes)
+    for note in notes:
         say(f"· {note}")
     more = f"bench {model} {variant.path}" if variant.manifest["model_file"] else f"eval {variant.path} --data FILE"
     say(f"wrote {variant.path} — try: effllm {more}")

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import click
 
+from effllm.errors import ArtifactError
 from effllm.progress import Track
 from effllm.rows import Row, write_rows
 
@@ -44,22 +45,52 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def write_json(target: str, rows: Sequence[Row]) -> None:
-    """Write rows as JSON lines to a file, or to stdout for `-`."""
+    """Write rows as JSON lines to a file, or to stdout for `-`. Raises ArtifactError."""
     if target == "-":
         for row in rows:
             click.echo(json.dumps(row.to_json(), ensure_ascii=False))
     else:
-        write_rows(Path(target), rows)
+        with _writing(target):
+            write_rows(Path(target), rows)
 
 
 def write_html(target: str, rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> None:
-    """Write the HTML report of rows."""
+    """Write the HTML report of rows. Raises ArtifactError."""
     from effllm.report import html_page
 
     path = Path(target)
     partial = path.with_name(path.name + ".part")
-    partial.write_text(html_page(list(rows), title, list(notes)), encoding="utf-8")
-    partial.replace(path)
+    page = html_page(list(rows), title, list(notes))
+    with _writing(target):
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+    say(f"wrote {target}")
+
+
+def give_rows(
+    rows: Sequence[Row], json_file: str | None, html_file: str | None = None, title: str = "", notes: Sequence[str] = ()
+) -> None:
+    """Print rows as tables, unless their JSON goes to stdout, and write the files that were asked for.
+
+    Raises ArtifactError for a file that cannot be written; the other one is written all the same.
+    """
+    if json_file != "-":
+        print_rows(rows)
+    try:
+        if json_file:
+            write_json(json_file, rows)
+    finally:
+        if html_file:
+            write_html(html_file, rows, title, notes)
+
+
+@contextlib.contextmanager
+def _writing(target: str) -> Iterator[None]:
+    """Turn a failure to write into the error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
 def say(message: str) -> None:

@@ -36,7 +36,7 @@ def evaluate(
     """Measure MODEL's quality on labelled examples, with a 95 % interval."""
     from pathlib import Path
 
-    from effllm.cli.console import print_rows, progress, say, write_json
+    from effllm.cli.console import give_rows, progress, say
     from effllm.data.readers import parse_columns, read_examples
     from effllm.measure.quality import evaluate as run
     from effllm.runtime.predictor import Predictor
@@ -49,9 +49,6 @@ def evaluate(
     )
     with progress() as track:
         rows, truncated = run(predictor, examples, Path(data).name, track)
-    if json_file != "-":
-        print_rows(rows)
-    if json_file:
-        write_json(json_file, rows)
+    give_rows(rows, json_file)
     if truncated:
         say(f"{truncated} of {len(examples)} examples were cut to {predictor.tokenizer.max_length} tokens")

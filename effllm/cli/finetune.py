@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from effllm.cli.console import print_rows, say, write_json
+from effllm.cli.console import give_rows, say
 from effllm.cli.options import COLUMNS, FORCE, JSON, OUT, settings_options
 from effllm.train.settings import FinetuneSettings
 
@@ -74,10 +74,8 @@ def finetune(
     if not is_first_process():
         return
     variant = Variant.open(Path(out))
-    if variant.rows and json_file != "-":
-        print_rows(variant.rows)
-    if json_file:
-        write_json(json_file, variant.rows)
+    if variant.rows or json_file:
+        give_rows(variant.rows, json_file)
     for note in variant.manifest["notes"]:
         say(f"· {note}")
     say(f"wrote {out} — try: effllm compress {out} --method int8 --out {out}-int8")

@@ -6,9 +6,12 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import click
+
+from effllm.errors import SettingError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -17,8 +20,35 @@ COLUMNS = click.option("--columns", metavar="MAP", help="Column names of the dat
 FORCE = click.option("--force", is_flag=True, help="Replace an existing folder; it survives a failure.")
 OUT = click.option("--out", required=True, metavar="DIR", help="The folder to write.")
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads to run and time with; default all cores.")
-JSON = click.option("--json", "json_file", metavar="FILE", help="Write the measured rows as JSON lines; - for stdout.")
-HTML = click.option("--html", "html_file", metavar="FILE", help="Write a self-contained HTML report.")
+
+
+def _can_be_written(context: click.Context, option: click.Parameter, file: str | None) -> str | None:
+    """Return the file that a flag names. Raises SettingError, before any work is done, unless it can be written."""
+    import tempfile
+
+    if file is None or (file == "-" and option.name == "json_file"):
+        return file
+    flag, folder = option.opts[-1], Path(file).parent
+    try:
+        for path in (Path(file), Path(f"{file}.part")):
+            if path.exists() and not path.is_file():
+                raise SettingError(f"{flag} must name a file to write; {str(path)!r} is something else")
+        with tempfile.TemporaryFile(dir=folder):
+            return file
+    except OSError as error:
+        raise SettingError(f"{flag} {file} cannot be written, in folder {folder}: {error.strerror}") from None
+
+
+JSON = click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    callback=_can_be_written,
+    help="Write the measured rows as JSON lines; - for stdout.",
+)
+HTML = click.option(
+    "--html", "html_file", metavar="FILE", callback=_can_be_written, help="Write a self-contained HTML report."
+)
 
 
 def settings_options(cls: type[Any], skip: Sequence[str] = (), argument: str = "settings") -> Callable[[F], F]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from effllm.cli.options import FORCE, OUT, settings_options
+from effllm.cli.options import FORCE, JSON, OUT, settings_options
 from effllm.data.settings import PrepareSettings
 
 
@@ -28,7 +28,7 @@ Examples:
 @click.option("--columns", metavar="MAP", help="The column that holds the text, as text=body.")
 @settings_options(PrepareSettings)
 @FORCE
-@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON lines; - for stdout.")
+@JSON
 def prepare(
     files: tuple[str, ...],
     out: str,

@@ -21,12 +21,11 @@ def report(files: tuple[str, ...], html_file: str | None, title: str) -> None:
     """Show measured rows as tables, or as an HTML report."""
     from pathlib import Path
 
-    from effllm.cli.console import print_rows, say, write_html
+    from effllm.cli.console import print_rows, write_html
     from effllm.rows import read_rows
 
     rows = [row for file in files for row in read_rows(Path(file))]
     if html_file:
         write_html(html_file, rows, title)
-        say(f"wrote {html_file}")
     else:
         print_rows(rows)
