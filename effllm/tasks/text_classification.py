@@ -81,8 +81,8 @@ class TextClassification(Task):
     def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
         """Return `{"label", "score", "scores", "logits"}`; `score` is the probability.
 
-        `scores` are by label, best first; `logits` in the order of the head's labels. Of a one-output head, `{"label",
-        "score"}` with its raw output.
+        `scores` are by label, best first, of labels of one name the best; `logits` in the order of the head's labels.
+        Of a one-output head, `{"label", "score"}` with its raw output.
         """
         logits = outputs[0]["logits"]
         if len(logits) == 1:
@@ -92,7 +92,9 @@ class TextClassification(Task):
         else:
             scores = softmax(logits)
         best = int(scores.argmax())
-        named = {head.labels[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")}
+        named: dict[str, float] = {}
+        for i in np.argsort(-scores, kind="stable"):
+            named.setdefault(head.labels[i], float(scores[i]))
         answer = {"label": head.labels[best], "score": float(scores[best]), "index": best, "scores": named}
         return answer | {"logits": logits.tolist()}
 
@@ -111,7 +113,7 @@ class TextClassification(Task):
         if "scores" not in answer:
             return (answer["score"], float(example.gold), 0.0)
         predicted, reference = float(answer["index"]), float(example.gold)
-        return (float(predicted == reference), 1.0, predicted, reference, float(len(answer["scores"])))
+        return (float(predicted == reference), 1.0, predicted, reference, float(len(answer["logits"])))
 
     def score(self, statistics: np.ndarray) -> float:
         """Return the accuracy, or Spearman's rank correlation for a one-output head."""

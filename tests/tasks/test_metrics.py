@@ -51,6 +51,19 @@ def test_classification_equals_scikit_learn(drawn: tuple[int, list[tuple[int, in
             assert found["f1"] == pytest.approx(metrics.f1_score(reference, predicted), **SAME)
 
 
+def test_labels_of_one_name_are_counted_apart() -> None:
+    task, head = TASKS["text-classification"], Head(("good", "bad", "good"))
+    logits = [np.array(values, dtype=np.float32) for values in ([0, 1, 3], [0, 3, 1], [2, 0, 1])]
+    answers = [task.decode(Example("x"), [], [{"logits": one}], head) for one in logits]
+    assert [list(answer["scores"]) for answer in answers] == [["good", "bad"], ["bad", "good"], ["good", "bad"]]
+    assert all(answer["scores"][answer["label"]] == answer["score"] for answer in answers)
+    pairs = zip((2.0, 1.0, 2.0), answers, strict=True)
+    statistics = np.array([task.statistics(Example("x", gold=gold), answer) for gold, answer in pairs])
+    assert statistics[:, 2:].tolist() == [[2, 2, 3], [1, 1, 3], [0, 2, 3]]
+    assert task.metrics(statistics)["accuracy"] == pytest.approx(2 / 3)
+    assert task.metrics(statistics)["macro f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+
 def test_a_large_set_of_answers_keeps_its_precision() -> None:
     from sklearn import metrics
 
