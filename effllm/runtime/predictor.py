@@ -100,6 +100,11 @@ class Predictor:
             batch_dependent=bool(variant and variant.batch_dependent),
         )
 
+    @property
+    def embedding_size(self) -> int:
+        """The width of the model's token states, from its config; 0 where that does not say."""
+        return int(self.folder.config.get("hidden_size") or self.folder.config.get("dim") or 0)
+
     def encode(self, examples: Iterable[Example]) -> list[list[Encoding]]:
         """Tokenise examples, each into the one or more inputs that its task makes of it."""
         return [self.task.encode(self.tokenizer, example) for example in examples]
@@ -156,12 +161,20 @@ class Predictor:
         return next(self.answers([Example(text, pair)])).value
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the unit-length embeddings of texts as a float32 array (texts, H)."""
+        """Return the unit-length embeddings of texts as a float32 array (texts, H); no texts make an array (0, H).
+
+        Raises SettingError where the model's task is another, or for no texts where its config does not tell H.
+        """
         if self.task.name not in {"feature-extraction", "sentence-similarity"}:
             raise SettingError(f"{self.name} answers {self.task.name}; embeddings need feature-extraction")
+        examples = [Example(text) for text in texts]
+        if not examples:
+            if not self.embedding_size:
+                raise SettingError(f"{self.name}: no texts were given, and its config names no hidden_size")
+            return np.empty((0, self.embedding_size), dtype=np.float32)
         extraction = task_of(self.folder, "feature-extraction")
         view = Predictor(self.name, self.folder, extraction, self.tokenizer, self.engine)
-        return np.stack([answer.value for answer in view.answers([Example(text) for text in texts])])
+        return np.stack([answer.value for answer in view.answers(examples)])
 
 
 def batches(lengths: Sequence[int], max_tokens: int, max_size: int | None = None) -> Iterator[list[int]]:

@@ -198,7 +198,6 @@ def _narrowed(wide: Predictor, settings: WorkerSettings) -> Predictor:
 
 
 def _info(predictor: Predictor, settings: WorkerSettings) -> ModelInfo:
-    config = predictor.folder.config
     manifest = read_manifest(settings.folder)
     model_file = str(manifest.get("model_file", ""))
     return ModelInfo(
@@ -208,7 +207,7 @@ def _info(predictor: Predictor, settings: WorkerSettings) -> ModelInfo:
         max_length=predictor.tokenizer.max_length,
         batch_dependent=predictor.batch_dependent,
         size_bytes=sum(e["size_bytes"] for name, e in manifest["files"].items() if name.startswith(model_file)),
-        embedding_size=int(config.get("hidden_size") or config.get("dim") or 0),
+        embedding_size=predictor.embedding_size,
         pooling=predictor.head.pooling,
         engine=settings.engine,
         manifest=manifest,
