@@ -57,6 +57,11 @@ class ModelFolder:
             return ["LABEL_0", "LABEL_1"]
         return [str(id2label[key]) for key in sorted(id2label, key=int)]
 
+    @property
+    def hidden_size(self) -> int:
+        """The width of the token states; 0 where the config does not say."""
+        return int(self.config.get("hidden_size") or self.config.get("dim") or 0)
+
     @functools.cached_property
     def max_length(self) -> int:
         """The most tokens that the model takes, special tokens included."""

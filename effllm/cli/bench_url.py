@@ -68,7 +68,7 @@ def bench_url(
                 rows.append(row)
         except CheckFailed as error:
             died = error
-    give_rows(rows, json_file, html_file, f"{rows[0].system} under load")
+    give_rows(rows, json_file, html_file, f"{rows[0].system if rows else settings.url} under load")
     if died:
         raise died
 

@@ -106,9 +106,8 @@ def _write_modules(source: Source, target: Path) -> None:
             for i, name in enumerate(modules)
         ],
     )
-    width = source.folder.config.get("hidden_size") or source.folder.config.get("dim")
     (target / "1_Pooling").mkdir()
-    write_json(target / "1_Pooling" / "config.json", pooling_config(pooling, int(width or 0)))
+    write_json(target / "1_Pooling" / "config.json", pooling_config(pooling, source.folder.hidden_size))
     if pooling.normalize:
         (target / "2_Normalize").mkdir()
         write_json(target / "2_Normalize" / "config.json", {})

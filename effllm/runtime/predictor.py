@@ -100,11 +100,6 @@ class Predictor:
             batch_dependent=bool(variant and variant.batch_dependent),
         )
 
-    @property
-    def embedding_size(self) -> int:
-        """The width of the model's token states, from its config; 0 where that does not say."""
-        return int(self.folder.config.get("hidden_size") or self.folder.config.get("dim") or 0)
-
     def encode(self, examples: Iterable[Example]) -> list[list[Encoding]]:
         """Tokenise examples, each into the one or more inputs that its task makes of it."""
         return [self.task.encode(self.tokenizer, example) for example in examples]
@@ -169,9 +164,9 @@ class Predictor:
             raise SettingError(f"{self.name} answers {self.task.name}; embeddings need feature-extraction")
         examples = [Example(text) for text in texts]
         if not examples:
-            if not self.embedding_size:
+            if not self.folder.hidden_size:
                 raise SettingError(f"{self.name}: no texts were given, and its config names no hidden_size")
-            return np.empty((0, self.embedding_size), dtype=np.float32)
+            return np.empty((0, self.folder.hidden_size), dtype=np.float32)
         extraction = task_of(self.folder, "feature-extraction")
         view = Predictor(self.name, self.folder, extraction, self.tokenizer, self.engine)
         return np.stack([answer.value for answer in view.answers(examples)])

@@ -207,7 +207,7 @@ def _info(predictor: Predictor, settings: WorkerSettings) -> ModelInfo:
         max_length=predictor.tokenizer.max_length,
         batch_dependent=predictor.batch_dependent,
         size_bytes=sum(e["size_bytes"] for name, e in manifest["files"].items() if name.startswith(model_file)),
-        embedding_size=predictor.embedding_size,
+        embedding_size=predictor.folder.hidden_size,
         pooling=predictor.head.pooling,
         engine=settings.engine,
         manifest=manifest,

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_server import Reply, Request, serving
 
 from effllm.cli import main
+from effllm.errors import CheckFailed
 from effllm.measure import drive
 from effllm.measure.apis import Endpoint
 from effllm.measure.drive import run_async, send_load
@@ -148,6 +150,18 @@ def test_a_client_holds_off_as_long_as_it_is_told() -> None:
     with serving(full) as server:
         run = load(server.url, clients=2, seconds=0.5)
     assert outcomes(run) == {"429": 2}
+
+
+def test_a_server_that_dies_before_its_first_row_is_exit_code_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dead(*_: object) -> Iterator[Row]:
+        raise CheckFailed("the server stopped answering")
+        yield
+
+    monkeypatch.setattr("effllm.measure.server.bench_server", dead)
+    assert bench("--url", "http://h", "--clients", 1, "--json", "-") == 3
+    assert "stopped answering" in error(capsys)
 
 
 def test_a_server_that_dies_leaves_rows_and_exit_code_3(
