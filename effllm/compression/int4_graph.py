@@ -16,7 +16,7 @@ import torch
 from onnx import helper
 
 from effllm.compression.gptq import Coded
-from effllm.exporters.graph import Graph, node
+from effllm.exporters.graph import Graph, module_of, node
 
 DOMAIN = "com.microsoft"
 ACCURACY_LEVELS = {"float32": 1, "int8": 4}
@@ -37,7 +37,7 @@ def quantize_int4(graph: Graph, coded: Mapping[str, Coded], *, symmetric: bool, 
         if n.name not in coded:
             nodes.append(n)
             continue
-        weight, base = coded[n.name], n.input[1].removesuffix("_T")
+        weight, base = coded[n.name], f"{module_of(n)}.weight"  # layers of equal weights share an initializer
         rows, columns = weight.codes.shape
         blobs = pack(weight.codes.unflatten(1, (-1, weight.group_size)))
         inputs = [

@@ -120,7 +120,7 @@ def _rewrite(
 def _store_weight(graph: Graph, n: onnx.NodeProto, grid: Grid, levels: int) -> tuple[str, str, str]:
     weight = graph.constant(n.input[1])
     q, scales = quantize_weight(weight if grid.factors is None else weight * grid.factors[:, None], levels)
-    base = n.input[1].removesuffix("_T")
+    base = f"{module_of(n)}.weight"  # not the initializer's name: layers of equal weights share one
     return (
         graph.set_constant(f"{base}_int8", q),
         graph.set_constant(f"{base}_scales", scales),
@@ -129,15 +129,20 @@ def _store_weight(graph: Graph, n: onnx.NodeProto, grid: Grid, levels: int) -> t
 
 
 def shift_biases(graph: Graph, shifts: Mapping[str, np.ndarray]) -> None:
-    """Add to the bias after each named linear layer, in place. Layers without a bias are left alone."""
+    """Add to the bias after each named linear layer, in place. Layers without a bias are left alone.
+
+    The sum is a constant of its own: layers of equal biases share one.
+    """
     readers = graph.readers()
     for group in find_linears(graph):
         for n in group.nodes:
             followers = readers.get(n.output[0], [])
             if n.name in shifts and len(followers) == 1 and followers[0].op_type in {"Add", "Sum"}:
-                for name in followers[0].input:
+                add = followers[0]
+                for place, name in enumerate(add.input):
                     if graph.is_constant(name) and graph.shape(name) == shifts[n.name].shape:
-                        graph.set_constant(name, graph.constant(name) + shifts[n.name])
+                        shifted = graph.constant(name) + shifts[n.name]
+                        add.input[place] = graph.set_constant(f"{add.output[0]}_bias", shifted)
 
 
 def quantize_embeddings(graph: Graph) -> list[str]:
