@@ -1,8 +1,9 @@
 """Whether a written graph computes what the model computes.
 
-Both run the same batches: one token, the longest input, ragged padding, an odd batch. Outputs are compared on real
-tokens only. The tolerance is 1e-4, times the largest reference value where that exceeds one: the two programs order
-their float32 sums differently, and that error grows with the size of the sums.
+Both run the same batches of two segments: one token, the longest input (512 tokens where the model takes more), ragged
+padding, an odd batch. Outputs are compared on real tokens only. The tolerance is 1e-4, times the largest reference
+value where that exceeds one: the two programs order their float32 sums differently, and that error grows with the size
+of the sums.
 """
 
 from __future__ import annotations

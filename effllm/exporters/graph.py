@@ -91,13 +91,15 @@ def module_of(node: onnx.NodeProto) -> str:
 def save_graph(model: onnx.ModelProto, path: Path, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> list[str]:
     """Write a graph and return the names of the files written.
 
-    Past `external_data_bytes` its weights go to `<name>_data` beside it, the name that other tools fetch.
+    Past `external_data_bytes` its weights go to `<name>_data` beside it, the name that other tools fetch. What an
+    earlier graph of that name left there is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = path.with_name(f"{path.name}_data")
+    data.unlink(missing_ok=True)  # onnx appends to it
     # Counted by hand: protobuf refuses to measure a message past 2 GiB.
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= external_data_bytes:
         path.write_bytes(model.SerializeToString())
         return [path.name]
-    location = f"{path.name}_data"
-    onnx.save_model(model, str(path), save_as_external_data=True, location=location, size_threshold=1024)
-    return [path.name, location]
+    onnx.save_model(model, str(path), save_as_external_data=True, location=data.name, size_threshold=1024)
+    return [path.name, data.name]

@@ -40,14 +40,19 @@ def input_names(source: Source) -> tuple[str, ...]:
 
 
 def sample_inputs(source: Source, lengths: list[int], seed: int = 0) -> dict[str, np.ndarray]:
-    """Make a padded int64 batch (B, T) of random vocabulary ids whose rows have the given lengths."""
+    """Make a padded int64 batch (B, T) of random vocabulary ids whose rows have the given lengths.
+
+    The second half of each row is its second segment, for models that tell segments apart.
+    """
     rng = np.random.default_rng(seed)
     width = max(lengths)
     ids = rng.integers(0, source.folder.config["vocab_size"], (len(lengths), width))
-    mask = (np.arange(width)[None, :] < np.array(lengths)[:, None]).astype(np.int64)
+    places, ends = np.arange(width)[None, :], np.array(lengths)[:, None]
+    mask = (places < ends).astype(np.int64)
+    segments = mask * (2 * places >= ends)
     pad = int(source.folder.config.get("pad_token_id") or 0)
     ids = np.where(mask == 1, np.where(ids == pad, (pad + 1) % source.folder.config["vocab_size"], ids), pad)
-    feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, "token_type_ids": np.zeros_like(mask)}
+    feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, "token_type_ids": segments}
     return {name: feeds[name] for name in input_names(source)}
 
 
