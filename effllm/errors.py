@@ -79,6 +79,11 @@ class GateFailed(EffllmError):
         return type(self), (str(self), self.rows)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or the name of its type where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> SettingError:
     """Return the error for a misspelt name: what was got, the nearest known name, and all known names."""
     names = sorted(known)

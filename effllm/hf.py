@@ -14,10 +14,11 @@ loaded, as no engine that effllm writes for is faster on scattered zeros.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from effllm.errors import ArtifactError, Unsupported
+from effllm.errors import ArtifactError, Unsupported, first_line
 from effllm.folder import ModelFolder, open_folder
 from effllm.tasks import task_of
 
@@ -279,8 +280,30 @@ def load(model: str | Path, *, task: str | None = None) -> Any:
     The class is the one of the task, by default of the folder's own head. Raises ArtifactError or Unsupported.
     """
     folder = open_folder(model)
-    loaded, _ = load_folder(folder, task_of(folder, task).auto_class)
-    return loaded.eval()
+    return load_trained(folder, task_of(folder, task).auto_class)
+
+
+def load_trained(
+    folder: ModelFolder,
+    auto_class: str,
+    *,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    coded: bool = False,
+) -> Any:
+    """Return a checked folder's model in eval mode, all of whose weights come from the folder.
+
+    A pooler may be drawn anew where nothing is made of it: `AutoModel` is loaded for its token states. Raises as
+    `load_folder`, and Unsupported naming a weight that the folder does not have.
+    """
+    model, info = load_folder(folder, auto_class, attention=attention, dtype=dtype, coded=coded)
+    missing = sorted(key for key in info["missing_keys"] if auto_class != "AutoModel" or "pooler" not in key.split("."))
+    if missing:
+        raise Unsupported(
+            f"{folder.path} has no weights for {missing[0]}, which {type(model).__name__} needs: it was not trained "
+            "for this task (pass another --task?), or its weights are another model's"
+        )
+    return model.eval()
 
 
 def load_folder(
@@ -288,27 +311,27 @@ def load_folder(
     auto_class: str,
     *,
     attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    coded: bool = False,
     new_head: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Return a checked folder's model, float32, and what transformers reports of its keys.
+    """Return a checked folder's model and what transformers reports of its keys; weights that are missing are random.
 
     `attention` names an implementation; `settings` replace values of the config; with `new_head` weights of other
-    sizes than the model's are drawn anew. Raises Unsupported for a model that another tool quantised, ArtifactError
-    when transformers cannot load the folder.
+    sizes than the model's are drawn anew. Raises Unsupported for a model that another tool quantised, unless `coded`,
+    or that needs a package which is not installed, ArtifactError when transformers cannot load the folder.
     """
     method = (folder.config.get("quantization_config") or {}).get("quant_method", METHOD)
-    if method != METHOD:
+    if method != METHOD and not coded:
         raise Unsupported(f"{folder.path} is already quantised ({method}); start from the dense model")
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     chosen = {"attn_implementation": attention} if attention else {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             model, info = getattr(transformers, auto_class).from_pretrained(
                 folder.path,
-                dtype=torch.float32,
+                dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
                 ignore_mismatched_sizes=new_head,
@@ -316,7 +339,22 @@ def load_folder(
                 **chosen,
                 **(settings or {}),
             )
+    except ImportError as error:
+        raise Unsupported(f"{folder.path} needs a package that is not installed: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {reason}") from error
+        raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {first_line(error)}") from error
     return model, info
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings of the block, and what transformers logs below an error."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -14,6 +14,7 @@ from effllm.errors import (
     MissingExtra,
     SettingError,
     Unsupported,
+    first_line,
     unknown_name,
 )
 from effllm.rows import Row
@@ -57,3 +58,11 @@ def test_a_misspelt_name_gets_the_nearest_and_all_known_names() -> None:
 
 def test_a_name_near_to_nothing_gets_no_suggestion() -> None:
     assert "did you mean" not in str(unknown_name("method", "zzzz", ["int8", "prune"]))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\nwhy\nand how"), "why"), (RuntimeError(), "RuntimeError"), (OSError("  "), "OSError")],
+)
+def test_the_first_line_of_an_error_is_never_empty(error: Exception, line: str) -> None:
+    assert first_line(error) == line

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from torch import nn
 from effllm.compression.layers import linears
 from effllm.compression.method import WeightsJob
 from effllm.errors import MissingExtra, Unsupported
-from effllm.hf import stored_linears
+from effllm.hf import quiet, stored_linears
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
@@ -107,11 +106,9 @@ def code_by_bitsandbytes(
 def load_coded(job: WeightsJob, folder: Any, config: Any = None) -> None:
     """Make the job's model the one that transformers loads from a folder, coding it by `config` where given."""
     transformers.utils.logging.disable_progress_bar()
-    for library in ("transformers", "bitsandbytes"):  # the latter warns at every product
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
     chosen = {} if config is None else {"quantization_config": config}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         auto_class = getattr(transformers, job.source.task.auto_class)
         model = auto_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **chosen)
     job.source = dataclasses.replace(job.source, model=model.eval())

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from effllm.compression.method import WeightsJob
 from effllm.errors import SettingError
 from effllm.folder import open_folder
-from effllm.hf import load_folder
+from effllm.hf import load_trained
 from effllm.train.recover import Lesson, retrain
 from effllm.train.settings import FinetuneSettings
 
@@ -75,7 +75,7 @@ def recover(
         label_weight=method.label_weight,
     )
     source = job.source
-    teacher, _ = load_folder(open_folder(source.folder.path), source.task.auto_class)
+    teacher = load_trained(open_folder(source.folder.path), source.task.auto_class)
     lesson = Lesson(source.task, source.head, job.tokenizer, job.train, teacher)
     losses = []
     records = retrain(job.model, lesson, settings, job.work)

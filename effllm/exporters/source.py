@@ -7,9 +7,9 @@ from typing import Any
 
 import transformers
 
-from effllm.errors import ArtifactError, Unsupported
+from effllm.errors import ArtifactError, Unsupported, first_line
 from effllm.folder import ModelFolder, has_tokenizer
-from effllm.hf import load_folder
+from effllm.hf import load_trained, quiet
 from effllm.runtime.pooling import read_pooling
 from effllm.tasks import Head, Task
 
@@ -34,7 +34,7 @@ def load_source(folder: ModelFolder, task: Task) -> Source:
     """Load a checked folder's model (float32, eval mode, for encoders with eager attention) and tokenizer.
 
     Raises ArtifactError when the tokenizer is missing or the weights do not fit, Unsupported when the model type is not
-    known, is already quantised, or has no trained head for the task.
+    known, is already quantised, or lacks trained weights that the task needs.
     """
     kind = str(folder.config["model_type"])
     known = DECODERS if task.causal else MODEL_TYPES
@@ -44,19 +44,14 @@ def load_source(folder: ModelFolder, task: Task) -> Source:
     if not has_tokenizer(folder.path):
         raise ArtifactError(f"{folder.path} has no tokenizer files (tokenizer.json, vocab.txt, …)")
     # Only an export needs the eager form, whose causal mask takes memory for each text.
-    model, info = load_folder(folder, task.auto_class, attention="sdpa" if task.causal else "eager")
+    model = load_trained(folder, task.auto_class, attention="sdpa" if task.causal else "eager")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ArtifactError(f"the tokenizer of {folder.path} cannot be loaded by transformers: {reason}") from error
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler") and ".pooler." not in key)
-    if missing:
-        raise Unsupported(
-            f"{folder.path} has no weights for {missing[0]}: it was not trained for {task.name} (pass another --task?)"
-        )
     if not getattr(tokenizer, "is_fast", False):
         raise Unsupported(f"{folder.path} has no fast tokenizer ({type(tokenizer).__name__} cannot be converted)")
-    return Source(
-        folder, task, model.eval(), tokenizer, Head(labels=tuple(folder.labels), pooling=read_pooling(folder.path).mode)
-    )
+    head = Head(labels=tuple(folder.labels), pooling=read_pooling(folder.path).mode)
+    return Source(folder, task, model, tokenizer, head)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from effllm.errors import ArtifactError, MissingExtra
+from effllm.errors import ArtifactError, MissingExtra, first_line
 from effllm.folder import disguise
 
 
@@ -32,8 +32,7 @@ class OpenVinoEngine:
             options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
             return cls(openvino.Core().compile_model(str(path), "CPU", options))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ArtifactError(f"{path} cannot be loaded{disguise(path)}: {reason}") from None
+            raise ArtifactError(f"{path} cannot be loaded{disguise(path)}: {first_line(error)}") from None
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one padded batch."""

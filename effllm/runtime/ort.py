@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 import onnxruntime as ort
 
-from effllm.errors import ArtifactError
+from effllm.errors import ArtifactError, first_line
 from effllm.folder import disguise
 
 ort.set_default_logger_severity(4)
@@ -35,8 +35,7 @@ class OrtEngine:
             options = session_options(threads, spin=spin)
             return cls(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
         except Exception as error:  # ONNX Runtime raises a dozen types without a public base class
-            reason = str(error).strip().splitlines()[0]
-            raise ArtifactError(f"{path} cannot be loaded{disguise(path)}: {reason}") from None
+            raise ArtifactError(f"{path} cannot be loaded{disguise(path)}: {first_line(error)}") from None
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one padded batch."""

@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import transformers
 
-import effllm.hf  # noqa: F401 - lets from_pretrained read pruned folders
+from effllm.folder import open_folder
+from effllm.hf import load_trained
 from effllm.runtime.tokenizer import INPUTS
 
 
@@ -27,11 +27,12 @@ class TorchEngine:
 
     @classmethod
     def open(cls, path: Path, *, auto_class: str, threads: int, spin: bool = True) -> Self:
-        """Load a transformers folder with the given `AutoModel…` class."""
+        """Load a transformers folder, quantised or not, with the given `AutoModel…` class.
+
+        Raises ArtifactError or Unsupported for a folder that is damaged or lacks weights.
+        """
         torch.set_num_threads(threads)
-        transformers.utils.logging.disable_progress_bar()
-        model = getattr(transformers, auto_class).from_pretrained(path, dtype=cls.dtype)
-        return cls(model.eval())
+        return cls(load_trained(open_folder(path), auto_class, dtype=cls.dtype, coded=True))
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one padded batch."""

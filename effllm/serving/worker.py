@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from effllm.errors import ArtifactError, EffllmError
+from effllm.errors import ArtifactError, EffllmError, first_line
 from effllm.runtime.engine import open_engine
 from effllm.runtime.predictor import Predictor
 from effllm.runtime.tokenizer import Encoding
@@ -220,7 +220,7 @@ def _run_all(predictor: Predictor, batch: Sequence[Piece]) -> list[Any]:
         return _run(predictor, batch)
     except Exception as error:  # engines raise types of their own, without a common base
         if len(batch) == 1:
-            return [PieceFailed(str(error).splitlines()[0] if str(error) else type(error).__name__)]
+            return [PieceFailed(first_line(error))]
         return [_run_all(predictor, [piece])[0] for piece in batch]
 
 

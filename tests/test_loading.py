@@ -1,0 +1,109 @@
+"""A transformers folder loads whole or is refused, by whoever loads it, and leaves the process as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+
+import effllm
+from effllm.exporters.source import load_source
+from effllm.folder import open_folder
+from effllm.hf import load
+from effllm.runtime.ort import OrtEngine
+from effllm.tasks import task_of
+
+
+def by_torch_engine(folder: Path, task: str | None = None) -> Any:
+    return effllm.open(folder, task=task, threads=1).engine
+
+
+def by_source(folder: Path, task: str | None = None) -> Any:
+    opened = open_folder(folder)
+    return load_source(opened, task_of(opened, task))
+
+
+def by_load(folder: Path, task: str | None = None) -> Any:
+    return load(folder, task=task)
+
+
+@pytest.fixture(params=[by_torch_engine, by_source, by_load], ids=lambda f: f.__name__)
+def loader(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    return request.param
+
+
+def renamed(folder: Path, target: Path, name: Callable[[str], str]) -> Path:
+    """Copy a folder with its tensors under other names; those without a name are left out."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    kept = {name(key): value.clone() for key, value in tensors.items() if name(key)}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_weights_under_other_names_are_not_replaced_by_random_ones(classifier: Path, tmp_path: Path, loader) -> None:
+    wrapped = renamed(classifier, tmp_path / "wrapped", lambda key: f"module.{key}")
+    with pytest.raises(effllm.Unsupported, match=r"has no weights for bert\.embeddings"):
+        loader(wrapped)
+
+
+def test_one_missing_tensor_is_named(classifier: Path, tmp_path: Path, loader) -> None:
+    gone = "bert.encoder.layer.1.output.dense.bias"
+    half = renamed(classifier, tmp_path / "half", lambda key: "" if key == gone else key)
+    with pytest.raises(effllm.Unsupported, match=f"has no weights for {gone}, which BertForSequenceClassification"):
+        loader(half)
+
+
+def test_a_pooler_is_drawn_anew_only_where_nothing_reads_it(classifier: Path, tmp_path: Path, loader) -> None:
+    bare = renamed(classifier, tmp_path / "bare", lambda key: "" if ".pooler." in key else key)
+    with pytest.raises(effllm.Unsupported, match=r"has no weights for bert\.pooler"):
+        loader(bare)
+    assert loader(bare, "feature-extraction") is not None
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_codes_that_nothing_here_reads_are_one_error(method: str, classifier: Path, tmp_path: Path, loader) -> None:
+    folder = tmp_path / method
+    shutil.copytree(classifier, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((effllm.Unsupported, effllm.ArtifactError)):
+        loader(folder)
+
+
+def test_loading_leaves_the_log_as_loud_as_it_was(classifier: Path, loader) -> None:
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    try:
+        for level in (logging.INFO, logging.WARNING):
+            logger.setLevel(level)
+            loader(classifier)
+            assert logger.level == level
+    finally:
+        logger.setLevel(before)
+
+
+def fail(*args: object, **kwargs: object) -> None:
+    raise OSError
+
+
+def test_a_fault_without_text_is_named_by_its_type(classifier: Path, monkeypatch, loader) -> None:
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", fail)
+    with pytest.raises(effllm.ArtifactError, match=r"cannot be loaded by transformers: OSError$"):
+        loader(classifier)
+
+
+def test_a_fault_of_onnx_runtime_without_text_is_named_by_its_type(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    with pytest.raises(effllm.ArtifactError, match=r"cannot be loaded: OSError$"):
+        OrtEngine.open(tmp_path / "model.onnx", auto_class="", threads=1)
