@@ -106,6 +106,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder / MANIFEST} has format {manifest.get('format')!r}; this effllm reads format {FORMAT}"
         )
+    model_file = manifest.get("model_file", "")
+    if model_file != "" and (not isinstance(model_file, str) or model_file not in manifest["files"]):
+        raise ArtifactError(f"{folder / MANIFEST} names the model file {model_file!r}, which is not among its files")
     return manifest
 
 

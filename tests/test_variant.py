@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,15 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from effllm import variant
 from effllm.errors import ArtifactError, SettingError
 from effllm.rows import Row
+from effllm.runtime.ort import OrtEngine
+from effllm.runtime.predictor import Predictor
 from effllm.variant import MANIFEST, Variant, create, is_variant, read_manifest, write_manifest
 
 CONTENT = {"task": "text-classification", "steps": [{"verb": "export"}]}
@@ -157,6 +162,35 @@ def test_a_manifest_cannot_reach_outside(tmp_path: Path, name: str) -> None:
     edit(folder, lambda manifest: manifest["files"].update({name: {"sha256": "0", "size_bytes": 6}}))
     with pytest.raises(ArtifactError, match=r"outside the folder|cannot be read"):
         Variant.open(folder)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "onnx/other.onnx", "onnx", MANIFEST, None, 5, []])
+def test_a_model_file_without_a_digest_is_refused(tmp_path: Path, name: object) -> None:
+    folder = make(tmp_path / "small")
+    (tmp_path / "x").write_text("secret")
+    for known in ("onnx/model.onnx", ""):
+        edit(folder, lambda manifest, known=known: manifest.update(model_file=known))
+        assert Variant.open(folder).manifest["model_file"] == known
+    edit(folder, lambda manifest: manifest.update(model_file=name))
+    for read in (Variant.open, read_manifest):
+        with pytest.raises(ArtifactError, match="which is not among its files"):
+            read(folder)
+
+
+def test_only_the_manifests_graph_answers(classifier: Path, tmp_path: Path) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "any", [x], [y])
+    folder = tmp_path / "trained"
+    shutil.copytree(classifier, folder)
+    write_manifest(folder, CONTENT | {"model_file": ""})
+    (folder / "onnx").mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, folder / "onnx" / "model.onnx")
+    with pytest.raises(ArtifactError, match="holds no ONNX file"):
+        Predictor.open(folder, engine="onnxruntime", threads=1)
+    assert not isinstance(Predictor.open(folder, threads=1).engine, OrtEngine)
+    write_manifest(folder, CONTENT | {"model_file": "onnx/model.onnx"})
+    assert isinstance(Predictor.open(folder, threads=1).engine, OrtEngine)
 
 
 @pytest.mark.parametrize("entry", [None, 5, [], {}, {"size_bytes": 2}, {"sha256": "0"}])

@@ -190,8 +190,10 @@ def _onnx_file(path: Path, variant: Variant | None, wanted: str | None) -> Path 
         if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
             raise ArtifactError(f"{path} holds no file {wanted!r}")
         return file
-    names = (str(variant.manifest["model_file"]),) if variant and variant.manifest.get("model_file") else ONNX_FILES
-    return next((path / name for name in names if (path / name).is_file()), None)
+    if variant:
+        name = variant.manifest.get("model_file")
+        return path / name if name else None
+    return next((path / name for name in ONNX_FILES if (path / name).is_file()), None)
 
 
 def open_predictor(
