@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,9 @@ import torch
 import transformers
 
 from effllm.data.vocabulary import Vocabulary
-from effllm.errors import ArtifactError, SettingError, unknown_name
+from effllm.errors import ArtifactError, SettingError, first_line, unknown_name
 from effllm.folder import find, open_folder
+from effllm.hf import quiet
 from effllm.train.attention import NAME, register
 
 SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
@@ -30,11 +29,9 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
     """
     register()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(seed)
     auto = transformers.AutoModelForMaskedLM if objective == "mlm" else transformers.AutoModelForPreTraining
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         if name in PRESETS:
             model = auto.from_config(preset_config(name, vocabulary, max_length), attn_implementation=NAME)
         else:
@@ -91,8 +88,9 @@ def _from_folder(name: str, auto: Any) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         return auto.from_config(config, attn_implementation=NAME)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{folder.path} is not a masked-LM that transformers can build: {reason}") from error
+        raise ArtifactError(
+            f"{folder.path} is not a masked-LM that transformers can build: {first_line(error)}"
+        ) from error
 
 
 def _check_fit(name: str, model: Any, vocabulary: Vocabulary, max_length: int) -> None:

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from effllm.errors import SettingError, TrainingStopped
+from effllm.errors import SettingError, TrainingStopped, first_line
 from effllm.rows import Row
 from effllm.train import checkpoint as checkpoints
 from effllm.train.checkpoint import Progress
@@ -141,12 +141,11 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
 
 
 def _out_of_memory(settings: LoopSettings, error: BaseException) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     smaller = f"double --accumulate (now {settings.accumulate})"
     if isinstance(settings, FinetuneSettings):
         smaller = f"halve --pass-tokens (now {settings.pass_tokens})"
     return (
-        f"out of memory ({reason}); go on with --resume and {smaller}: half as much is in memory at a time, and the "
+        f"out of memory ({first_line(error)}); go on with --resume and {smaller}: half as much is in memory at a time, and the "
         "result is the same up to rounding"
     )
 
