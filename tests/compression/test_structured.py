@@ -66,7 +66,10 @@ def test_a_table_is_read_between_its_points_and_never_falls() -> None:
     assert TABLE.predict_ms([3, 4], [64, 64]) == pytest.approx(20 - 3 / 2)
     assert TABLE.predict_ms([4, 4], [8, 64]) == pytest.approx(20 - 9 / 2)
     noisy = LatencyTable({1: 12.0, 2: 21.0, 4: 20.0}, {}, 2, "")
-    assert (np.diff(noisy.saved_ms(noisy.heads_ms, range(1, 5))) <= 0).all()
+    saved = noisy.saved_ms(noisy.heads_ms, range(1, 5))
+    assert (np.diff(saved) <= 0).all()
+    assert saved[-1] == 0
+    assert (noisy.dense_ms, noisy.predict_ms([4, 4], [])) == (20, 20)
 
 
 def test_widths_that_are_measured() -> None:
