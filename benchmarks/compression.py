@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(RECIPES))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--group-size", type=int, default=128, help="of int4: 32 or 64 for layers of other widths")
-    parser.add_argument("--bench", action="store_true", help="also time them in ONNX Runtime")
+    parser.add_argument("--bench", action="store_true", help="also time them, in one run; timings of earlier runs go")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     plan = Plan(arguments.model, arguments.data, arguments.work, arguments.group_size)

@@ -23,15 +23,22 @@ POSITIONS_AFTER_PADDING = {
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
 """Model types whose position ids start after the padding id, as RoBERTa's do."""
+LABEL_HEADS = ("ForSequenceClassification", "ForTokenClassification")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked model folder: `path`, its `config.json` and what can be read off it."""
+    """A checked model folder: `path`, its `config.json`, what can be read off it, and its `hub_id` if it has one."""
 
     path: Path
     config: dict[str, Any]
+    hub_id: str = ""
+
+    @property
+    def name(self) -> str:
+        """What people call the model: its hub id, or its folder's name."""
+        return self.hub_id or self.path.absolute().name
 
     @property
     def architecture(self) -> str:
@@ -41,8 +48,13 @@ class ModelFolder:
 
     @property
     def labels(self) -> list[str]:
-        """The label names in the order of the logits; empty for models without a label head."""
+        """The label names in the order of the logits; empty for models without a label head.
+
+        transformers writes no names where a model has two labels and never named them.
+        """
         id2label = self.config.get("id2label") or {}
+        if not id2label and self.architecture.endswith(LABEL_HEADS):
+            return ["LABEL_0", "LABEL_1"]
         return [str(id2label[key]) for key in sorted(id2label, key=int)]
 
     @functools.cached_property
@@ -116,7 +128,7 @@ def open_folder(model: str | Path, *, weights: bool = True) -> ModelFolder:
             _check_weights(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
-    return ModelFolder(path, config)
+    return ModelFolder(path, config, "" if Path(model).expanduser() == path else str(model))
 
 
 def _check_config(path: Path, config: Any) -> None:

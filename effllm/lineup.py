@@ -16,10 +16,10 @@ from effllm.data.english import english_sentences
 from effllm.data.readers import read_examples
 from effllm.data.split import sample
 from effllm.errors import CheckFailed, SettingError
-from effllm.folder import open_folder
+from effllm.folder import ModelFolder, open_folder
 from effllm.measure.latency import Load, System
 from effllm.measure.latency import bench as bench_systems
-from effllm.measure.quality import batch_spread, compare, quality_row
+from effllm.measure.quality import batch_spread, compare, evaluate
 from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.runtime.engine import open_engine
@@ -88,7 +88,7 @@ def bench(models: Sequence[str | Path], settings: BenchSettings | None = None, t
         examples, data = _examples(entrants[0], settings)
         rows += _quality(entrants, examples, data, settings, track)
         encodings = [e for group in entrants[0].predictor(1).encode(examples[:MIX_TEXTS]) for e in group]
-        loads = _loads(entrants[0], encodings, data, settings)
+        loads = _loads(entrants, encodings, data, settings)
         systems = [entrant.system(settings.threads) for entrant in entrants]
         names = [entrant.name for entrant in entrants]
         baseline = DENSE if DENSE in names else names[0]
@@ -102,27 +102,34 @@ def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Pa
     from effllm.compression.pipeline import export  # noqa: PLC0415 - loads torch, which ONNX folders do not need
 
     entrants: list[Entrant] = []
-    for model in models:
+    labels = _labels([open_folder(model, weights=False) for model in models])
+    for model, label in zip(models, labels, strict=True):
         folder = open_folder(model, weights=False)
         variant = Variant.open(folder.path) if is_variant(folder.path) else None
         task = task_of(folder, settings.task or (variant.task if variant else None))
         task = scoring(task) if settings.data else task
         if variant and variant.manifest.get("model_file"):
             file = folder.path / str(variant.manifest["model_file"])
-            name = folder.path.name if folder.path.name not in {e.name for e in entrants} else str(folder.path)
-            entrants.append(Entrant(name, folder.path, "onnxruntime", file, task))
-            entrants += [Entrant(f"{name} {e}", folder.path, e, file, task) for e in settings.engines]
+            entrants.append(Entrant(label, folder.path, "onnxruntime", file, task))
+            entrants += [Entrant(f"{label} {e}", folder.path, e, file, task) for e in settings.engines]
             continue
         folder = open_folder(model)
-        prefix = "" if not entrants else f"{folder.path.name} "
+        prefix = "" if not entrants else f"{label} "
         out = scratch / f"dense-{len(entrants)}"
         export(folder.path, out, task=task.name, track=track)
-        for engine, label in (("torch", "torch fp32"), ("torch-bf16", "torch bf16")):
-            entrants.append(Entrant(f"{prefix}{label}", out, engine, folder.path, task))
+        for engine, form in (("torch", "torch fp32"), ("torch-bf16", "torch bf16")):
+            entrants.append(Entrant(f"{prefix}{form}", out, engine, folder.path, task))
         file = out / "onnx" / "model.onnx"
         entrants.append(Entrant(f"{prefix}{DENSE}", out, "onnxruntime", file, task))
         entrants += [Entrant(f"{prefix}{e} fp32", out, e, file, task) for e in settings.engines]
     return entrants
+
+
+def _labels(folders: Sequence[ModelFolder]) -> list[str]:
+    """Return a label for each folder: its name, its path where names repeat, a number where paths do."""
+    names = [folder.name for folder in folders]
+    paths = [f.name if names.count(f.name) == 1 else str(f.path) for f in folders]
+    return [p if paths.count(p) == 1 else f"{p} #{paths[: i + 1].count(p)}" for i, p in enumerate(paths)]
 
 
 def _size_rows(entrant: Entrant) -> list[Row]:
@@ -157,10 +164,11 @@ def _quality(
     threads = machine.usable_cores()
     reference = next((e for e in entrants if e.name == DENSE), entrants[0])
     dense = reference.predictor(threads)
-    rows: list[Row] = []
-    for entrant in entrants:
-        if entrant is reference:
-            continue
+    labelled = any(example.gold is not None for example in examples) and dense.task.metric
+    rows = evaluate(dense, examples, data, track)[0][:1] if labelled else []
+    rows += _batch_rows(dense, examples)
+    others = [entrant for entrant in entrants if entrant is not reference]
+    for entrant in others:
         other = entrant.predictor(threads)
         comparison = compare(dense, other, examples, data, track)
         if comparison.agreement < settings.min_agreement:
@@ -169,23 +177,29 @@ def _quality(
                 f"(at least {settings.min_agreement:.0%} is wanted); it is not timed"
             )
         own = [row for row in comparison.rows() if row.system == entrant.name]
-        if not rows:
-            rows.append(
-                quality_row(entrant.task, comparison.dense, reference.name, data)
-                if comparison.labelled
-                else dataclasses.replace(own[0], value=1.0, system=reference.name)
-            )
-        rows += own
-        if other.batch_dependent:
-            spread = batch_spread(other, examples[:64])
-            rows.append(spread.row(entrant.name))
-            rows.append(Row("batch dependent", 1.0, "flag", entrant.name, spread.n, how={"role": "batch"}))
+        if entrant is others[0] and not labelled:
+            rows.append(dataclasses.replace(own[0], value=1.0, system=reference.name))
+        rows += own + _batch_rows(other, examples)
     return rows
 
 
-def _loads(first: Entrant, encodings: Sequence[Encoding], data: str, settings: BenchSettings) -> list[Load]:
-    folder = open_folder(first.folder, weights=False)
-    vocabulary, longest = int(folder.config["vocab_size"]), folder.max_length
+def _batch_rows(predictor: Predictor, examples: Sequence[Example]) -> list[Row]:
+    """Return how far the answers of a system move with their batch, where they do."""
+    if not predictor.batch_dependent:
+        return []
+    spread = batch_spread(predictor, examples[:64])
+    flag = Row("batch dependent", 1.0, "flag", predictor.name, spread.n, how={"role": "batch"})
+    return [spread.row(predictor.name), flag]
+
+
+def _loads(
+    entrants: Sequence[Entrant], encodings: Sequence[Encoding], data: str, settings: BenchSettings
+) -> list[Load]:
+    """Return the loads, of token ids and lengths that every system takes."""
+    folders = [open_folder(path, weights=False) for path in {entrant.folder for entrant in entrants}]
+    sizes = [(f.config.get("vocab_size"), TextTokenizer.open(f).vocabulary_size) for f in folders]
+    vocabulary = min(size for known in sizes for size in known if size)
+    longest = min(folder.max_length for folder in folders)
     rng = np.random.default_rng(0)
     loads = []
     for batch in settings.batch_sizes:

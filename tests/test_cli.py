@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_model
+from conftest import LABELS, make_model
 
 import effllm
 from effllm.cli import COMMANDS, entry, main
@@ -224,6 +224,27 @@ def test_predict_fills_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run("predict", model, "The quick brown fox [MASK] over the lazy dog.") == 0
     words = capsys.readouterr().out
     assert words.count("(0.") == 5
+
+
+def test_predict_says_what_is_missing_or_too_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(tmp_path / "mlm", "bert", "fill-mask")
+    assert run("predict", model, "The quick brown fox.") == 2
+    assert "there is no [MASK] in the text" in one_line(capsys)
+    assert run("predict", model, "--pair", "The [MASK]", "fox") == 2
+    assert "fill-mask takes one text" in one_line(capsys)
+    reader = make_model(tmp_path / "reader", "bert", "question-answering")
+    assert run("predict", reader, "where?") == 2
+    assert "question-answering takes two texts" in one_line(capsys)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_two_labels_that_nobody_named_have_the_names_of_transformers(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(LABELS, task)
+    model = make_model(tmp_path / "model", "bert", task)
+    assert run("predict", model, "good movie") == 0
+    assert "LABEL_" in capsys.readouterr().out
 
 
 def test_eval_writes_rows_and_report_reads_them(

@@ -395,3 +395,12 @@ def test_any_bytes_are_weights_or_one_error(tmp_path: Path, content: bytes) -> N
     (model(tmp_path) / "model.safetensors").write_bytes(content)
     with contextlib.suppress(EffllmError):
         open_folder(tmp_path)
+
+
+def test_a_model_of_the_hub_is_called_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = model(tmp_path)
+    monkeypatch.setattr("effllm.folder._download", lambda hub_id, files: snapshot)
+    assert open_folder("org/tiny").name == "org/tiny"
+    assert open_folder(snapshot).name == snapshot.name
+    monkeypatch.chdir(snapshot)
+    assert open_folder(".").name == snapshot.name

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effllm.compression.method import Stage
-from effllm.errors import EffllmError, GateFailed, SettingError
+from effllm.errors import CheckFailed, GateFailed, SettingError, TrainingStopped, Unsupported
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
@@ -31,6 +31,8 @@ CLOSE = 0.06
 """The search stops where the share that fails and the one that passes are so close."""
 FORMS = ("int8", "int8:float_layers=2", "int8:float_layers=4")
 """How a share is quantised, until one form passes."""
+REFUSALS = (SettingError, Unsupported, CheckFailed, TrainingStopped, GateFailed)
+"""The errors that tell of a model and a method, not of a file, a disk or an installation."""
 
 
 @dataclass(frozen=True)
@@ -192,13 +194,13 @@ class Search:
         return list(self.seen.values())
 
     def run(self, specs: tuple[str, ...]) -> Trial:
-        """Make a trial, or return the one that is there. What cannot be made is a trial too, refused."""
+        """Make a trial, or return the one that is there. What the model does not take is a trial too, refused."""
         if specs not in self.seen:
             try:
-                trial = self.make(specs)
-            except EffllmError as error:
-                trial = Trial(specs, folder="", drop=1.0, speedup=0.0, size=1.0, seconds=0.0, refused=str(error))
-            with self.journal.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"identity": self.identity, **asdict(trial)}) + "\n")
-            self.seen[specs] = trial
+                self.seen[specs] = self.make(specs)
+            except REFUSALS as error:
+                self.seen[specs] = Trial(specs, "", drop=1.0, speedup=0.0, size=1.0, seconds=0.0, refused=str(error))
+            else:
+                with self.journal.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"identity": self.identity, **asdict(self.seen[specs])}) + "\n")
         return self.seen[specs]

@@ -20,16 +20,22 @@ def judge(comparison: Comparison, max_drop: float) -> Verdict:
     """Judge a comparison.
 
     With reference answers, the drop is the share of the dense metric that is lost, or that an error rises by. Without,
-    it is one minus the agreement with the dense model: answers for classifiers, taggers and readers, likeliest next
-    tokens for decoders, mean cosine for embeddings.
+    and where the dense model scores 0, it is one minus the agreement with the dense model: answers for classifiers,
+    taggers and readers, likeliest next tokens for decoders, mean cosine for embeddings.
     """
     drop = comparison.drop
-    if comparison.labelled:
+    if comparison.can_fall:
         what = f"{comparison.metric} {'rise' if comparison.task.lower_is_better else 'drop'} {_percent(drop)} of dense"
     else:
-        what = f"disagreement with dense {_percent(drop)} (no labelled data was given)"
+        why = f"the dense model's {comparison.metric} is 0" if comparison.labelled else "no labelled data was given"
+        what = f"disagreement with dense {_percent(drop)} ({why})"
     passed = drop <= max_drop
-    return Verdict(passed, drop, f"{what}, {'within' if passed else 'more than'} the allowed {_percent(max_drop)}")
+    return Verdict(passed, drop, f"{what}, {'within' if passed else 'more than'} {allowance(max_drop)}")
+
+
+def allowance(max_drop: float) -> str:
+    """Return the words with which a verdict ends."""
+    return f"the allowed {_percent(max_drop)}"
 
 
 def _percent(share: float) -> str:

@@ -334,7 +334,7 @@ def finish(
     content = {
         "task": source.task.name,
         "model_file": model_file,
-        "parent": {"name": folder.path.name, "weights_sha256": weights_digest(folder.path)},
+        "parent": {"name": folder.name, "weights_sha256": weights_digest(folder.path)},
         "steps": [*parent.get("steps", []), *map(dict, steps)],
         "max_length": folder.max_length,
         "batch_dependent": False,

@@ -15,11 +15,13 @@ from typing import Any
 from effllm import machine
 from effllm.compression import parse_method, pipeline
 from effllm.compression.auto import Auto, Search, Trial
+from effllm.compression.gate import allowance
 from effllm.compression.method import Stage
 from effllm.compression.texts import Given, Texts, choose_texts
 from effllm.compression.trials import latencies
 from effllm.errors import GateFailed
 from effllm.exporters.source import Source
+from effllm.folder import tokenizer_files
 from effllm.measure.quality import compare
 from effllm.measure.statistics import median_interval, ratio_of_medians
 from effllm.progress import Track, silent
@@ -27,7 +29,7 @@ from effllm.rows import Row
 from effllm.runtime.predictor import Predictor
 from effllm.settings import to_json
 from effllm.tasks import task_of
-from effllm.variant import MANIFEST, Variant, create, read_manifest, weights_digest
+from effllm.variant import MANIFEST, Variant, create, read_manifest, sha256, weights_digest
 
 EVERY_DROP = 2.0
 """The drop that a trial may have: any. The search judges."""
@@ -123,7 +125,7 @@ def search(
     """
     distils = [parse_method("distil")] if given.train is not None else []
     texts = choose_texts(source, [auto, *distils], given)
-    identity = _identity(source, auto, texts)
+    identity = _identity(source, auto, texts, threads)
     searches = target.absolute().parent / f".{target.name}.search"
     folder = searches / identity[:16]  # what another model, other data or other settings made is not taken up
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,8 @@ def search(
         extra = {key: parts[key] for key in ("opset", "parity", "batch_dependent", "details", "gate", "calibration")}
         extra |= {"max_drop": max_drop, "trials": [_summary(trial) for trial in runs.all]}
         steps = [{"verb": "compress", "method": auto.name, "settings": to_json(auto)}, *_own_steps(parts, source)]
-        notes = [*parts["notes"], *_notes(auto, best, runs.all, max_drop)]
+        kept = [note for note in parts["notes"] if not note.endswith(allowance(EVERY_DROP))]
+        notes = [*kept, *_notes(auto, best, runs.all, max_drop)]
         published = Source(source.folder, task_of(source.folder, parts["task"]), None, None, source.head)
         pipeline.finish(published, staging, steps, parts["model_file"], _rows(runs.all), notes, extra)
         Predictor.open(staging, threads=threads)
@@ -148,11 +151,14 @@ def search(
     return Variant.open(target)
 
 
-def _identity(source: Source, auto: Auto, texts: Texts) -> str:
+def _identity(source: Source, auto: Auto, texts: Texts, threads: int) -> str:
     """Return a digest of all that decides what a trial gives."""
+    folder = source.folder.path
     settings = {k: v for k, v in to_json(auto).items() if k in {"distil_steps", "precision", "seed"}}
-    parts = [weights_digest(source.folder.path), settings, machine.describe()]
-    parts += [part.entry() for part in (texts.calibration, texts.train, texts.gate) if part.examples]
+    others = {"config.json": folder / "config.json", **tokenizer_files(folder)}
+    digests = weights_digest(folder) | {name: sha256(file) for name, file in others.items()}
+    examples = [part.examples for part in (texts.calibration, texts.train, texts.gate)]
+    parts = [digests, source.task.name, settings, threads, machine.describe(), machine.versions(), repr(examples)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -180,7 +186,7 @@ def _rows(trials: Sequence[Trial]) -> list[Row]:
 def _notes(auto: Auto, best: Trial, trials: Sequence[Trial], max_drop: float) -> list[str]:
     lines = [f"trial: {' + '.join(trial.specs)}: {_outcome(trial, max_drop)}" for trial in trials]
     reached = "" if auto.reached(best) or not (auto.target_speedup or auto.target_size) else "; the target was not met"
-    return [*lines, f"chosen: {' + '.join(best.specs)}{reached}"]
+    return [*lines, f"chosen: {' + '.join(best.specs)}: {best.outcome}, within {allowance(max_drop)}{reached}"]
 
 
 def _outcome(trial: Trial, max_drop: float) -> str:

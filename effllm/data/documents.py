@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from effllm.data.readers import SUFFIXES, file_format, open_text, parse_records, renamed
+from effllm.data.readers import SUFFIXES, file_format, lines, open_text, parse_records, renamed
 from effllm.errors import ArtifactError, MissingExtra, SettingError
 
 STEP_BYTES = 2**20
@@ -92,26 +92,26 @@ def _too_long(path: Path, number: int) -> str:
 
 def _paragraphs(stream: IO[str], path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number, text) of each document of a text file."""
-    lines: list[str] = []
+    body: list[str] = []
     start, size = 1, 0
-    for number, raw in enumerate(stream, start=1):
+    for number, raw in lines(stream, MAX_CHARACTERS):
         line = raw.strip()
         if line:
-            if not lines:
+            if not body:
                 start = number
-            lines.append(line)
+            body.append(line)
             size += len(line)
             if size > MAX_CHARACTERS:
                 raise ArtifactError(_too_long(path, start))
-        elif lines:
-            yield start, _body(lines)
-            lines, size = [], 0
-    if lines:
-        yield start, _body(lines)
+        elif body:
+            yield start, _text_of(body)
+            body, size = [], 0
+    if body:
+        yield start, _text_of(body)
 
 
-def _body(lines: list[str]) -> str:
-    return "\n".join(lines[1:] if _HEADER.match(lines[0]) else lines)
+def _text_of(body: list[str]) -> str:
+    return "\n".join(body[1:] if _HEADER.match(body[0]) else body)
 
 
 def _column(stream: IO[str], source: Source) -> Iterator[tuple[int, str]]:

@@ -23,6 +23,8 @@ from effllm.tasks import Example, Head, Task
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".txt")
 FIELD_CHARACTERS = 10_000_000
 """The longest field of a table: a whole document, but not a whole file where a quotation mark is missing."""
+LINE_CHARACTERS = 8 * FIELD_CHARACTERS
+"""The longest line of a file of records: such a document with its escapes."""
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -116,8 +118,10 @@ def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[s
     if kind in {".csv", ".tsv"}:
         yield from _parse_table(stream, kind, path)
         return
-    for number, raw in enumerate(stream, start=1):
+    for number, raw in lines(stream, LINE_CHARACTERS):
         line = raw.strip("\r\n")
+        if len(line) > LINE_CHARACTERS:
+            raise ArtifactError(f"{path}:{number} has more than {LINE_CHARACTERS:,} characters; a line is one record")
         if not line.strip():
             continue
         if kind == ".txt":
@@ -132,6 +136,11 @@ def _parse(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[s
         if not isinstance(record, dict):
             raise ArtifactError(f"{path}:{number} is not a JSON object")
         yield number, record
+
+
+def lines(stream: IO[str], most: int) -> Iterator[tuple[int, str]]:
+    """Yield (number, line). Of a line longer than `most`, what follows `most` + 1 characters is another line."""
+    return enumerate(iter(lambda: stream.readline(most + 1), ""), start=1)
 
 
 def _parse_table(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

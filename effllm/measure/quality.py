@@ -75,8 +75,8 @@ class Comparison:
 
     `truncated` counts the examples that were cut to the model's length. `retrieval_overlap` is, for embeddings of
     single texts, the share of each text's ten nearest neighbours among the others that both models agree on.
-    `agreement` is the share of answers that are equal; for embeddings the mean cosine. `agreements` has one entry per
-    example that was compared.
+    `agreements` has an entry for each part of an answer that was compared, such as a word's tag: 1 where it is equal;
+    for embeddings the cosine. `compared` counts the examples with such parts.
     """
 
     task: Task
@@ -86,6 +86,7 @@ class Comparison:
     dense: np.ndarray
     other: np.ndarray
     agreements: np.ndarray
+    compared: int
     largest_difference: float
     truncated: int
     retrieval_overlap: float | None = None
@@ -103,19 +104,24 @@ class Comparison:
     @property
     def agreement(self) -> float:
         """The share of answers that agree, or the mean cosine of embeddings."""
-        return float(self.agreements[:, 0].sum() / self.agreements[:, 1].sum())
+        return float(self.agreements.mean())
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether there is a metric to lose: reference answers, of which the dense model gets some."""
+        return self.labelled and self.task.score(self.dense) != 0
 
     @property
     def drop(self) -> float:
-        """How much quality is lost: as a share of the dense metric, or one minus the agreement without labels.
+        """How much quality is lost: as a share of the dense metric, or one minus the agreement where that cannot fall.
 
         What an error such as perplexity rises by is lost too.
         """
-        if not self.labelled:
+        if not self.can_fall:
             return 1.0 - self.agreement
         dense = self.task.score(self.dense)
         lost = dense - self.task.score(self.other)
-        return (-lost if self.task.lower_is_better else lost) / abs(dense) if dense else 0.0
+        return (-lost if self.task.lower_is_better else lost) / abs(dense)
 
     def rows(self) -> list[Row]:
         """Return the comparison as rows."""
@@ -147,7 +153,7 @@ class Comparison:
         cosine = self.task.outputs == ("last_hidden_state",)
         values = {"cosine mean" if cosine else "agreement": self.agreement}
         if cosine:
-            values["cosine min"] = float((self.agreements[:, 0] / self.agreements[:, 1]).min())
+            values["cosine min"] = float(self.agreements.min())
             if self.retrieval_overlap is not None:
                 values["retrieval overlap"] = self.retrieval_overlap
         else:
@@ -159,7 +165,7 @@ class Comparison:
                 value=value,
                 unit="absolute" if "difference" in metric else "share",
                 system=self.name,
-                n=len(self.agreements),
+                n=self.compared,
                 how={"role": "agreement", "data": self.data, "over": self.dense_name},
                 machine=machine.describe(),
             )
@@ -211,22 +217,22 @@ def compare(
 ) -> Comparison:
     """Run two models over the same examples and compare their answers.
 
-    Raises CheckFailed when an output is NaN or infinite.
+    Raises CheckFailed when an output is NaN or infinite, or the outputs differ in shape.
     """
     task, first, second = dense.task, Collected(), Collected()
-    agreements, largest = [], 0.0
+    agreements, compared, largest = list[float](), 0, 0.0
     vectors: list[tuple[np.ndarray, np.ndarray]] = []
     pairs = zip(examples, dense.answers(examples), other.answers(examples), strict=True)
     for example, a, b in track(pairs, f"comparing {other.name}", len(examples)):
         first.add(task, example, a)
         second.add(task, example, b)
-        agreed, total = task.agreement(example, a.value, b.value)
-        if total:
-            agreements.append((agreed, total))
+        _check_comparable(dense, other, a, b)
+        largest = max(largest, _largest_difference(task, a, b))
+        parts = task.agreements(a.value, b.value)
+        agreements += parts
+        compared += bool(parts)
         if isinstance(a.value, np.ndarray):
             vectors.append((a.value, b.value))
-        for x, y in zip(a.outputs, b.outputs, strict=True):
-            largest = max(largest, *(float(np.abs(x[k] - y[k]).max(initial=0)) for k in task.compared or task.outputs))
     if not agreements:
         raise SettingError(f"{data} has no examples to compare on")
     return Comparison(
@@ -237,6 +243,7 @@ def compare(
         dense=first.array,
         other=second.array,
         agreements=np.array(agreements),
+        compared=compared,
         largest_difference=largest,
         truncated=second.truncated,
         retrieval_overlap=_overlap(vectors) if len(vectors) > NEIGHBOURS else None,
@@ -274,15 +281,29 @@ def batch_spread(model: Answerer, examples: Sequence[Example], batch_size: int =
     changes = []
     alone = model.answers(examples, chunk=1, batch_size=1)
     together = model.answers(examples, chunk=max(len(examples), 1), batch_size=batch_size)
-    for example, a, b in zip(examples, alone, together, strict=True):
+    for a, b in zip(alone, together, strict=True):
         if cosine:
-            agreed, total = model.task.agreement(example, a.value, b.value)
-            changes.append(max(0.0, 1.0 - agreed / total))
+            changes += [max(0.0, 1.0 - part) for part in model.task.agreements(a.value, b.value)]
         else:
-            pairs = zip(a.outputs, b.outputs, strict=True)
-            names = model.task.compared or model.task.outputs
-            changes.append(max(float(np.abs(x[k] - y[k]).max()) for x, y in pairs for k in names))
-    return BatchSpread(float(np.mean(changes)), max(changes), "1 - cosine" if cosine else "logit", len(changes))
+            changes.append(_largest_difference(model.task, a, b))
+    return BatchSpread(float(np.mean(changes)), max(changes), "1 - cosine" if cosine else "logit", len(examples))
+
+
+def _largest_difference(task: Task, first: Answered, second: Answered) -> float:
+    """Return how far the raw outputs of two answers to one example are apart."""
+    pairs = list(zip(first.outputs, second.outputs, strict=True))
+    names = task.compared or task.outputs
+    return max((float(np.abs(a[name] - b[name]).max(initial=0)) for a, b in pairs for name in names), default=0.0)
+
+
+def _check_comparable(dense: Answerer, other: Answerer, first: Answered, second: Answered) -> None:
+    """Raise CheckFailed where two models give outputs of other shapes, as of other widths, labels or tokenizers."""
+    ours, theirs = ([{k: a.shape for k, a in o.items()} for o in answer.outputs] for answer in (first, second))
+    if ours != theirs:
+        raise CheckFailed(
+            f"{other.name} cannot be compared with {dense.name}: its outputs are {theirs[0]}, not {ours[0]}; "
+            "they have another width, other labels or another tokenizer"
+        )
 
 
 def _check_finite(answer: Answered) -> None:

@@ -92,7 +92,7 @@ class Predictor:
             spin=spin,
         )
         return cls(
-            name or folder.path.name,
+            name or folder.name,
             folder,
             chosen,
             TextTokenizer.open(folder),
@@ -147,16 +147,12 @@ class Predictor:
 
     def encode_one(self, text: str, pair: str | None = None) -> list[Encoding]:
         """Tokenise one text or pair as `predict` does; `truncated_tokens` tells what was cut."""
-        words = tuple(text.split()) if self.task.name == "token-classification" else text
-        return self.task.encode(self.tokenizer, Example(words, pair))
+        return self.task.encode(self.tokenizer, Example(text, pair))
 
     def predict(self, text: str, pair: str | None = None) -> Any:
         """Answer one text (or a pair: two sentences, or a question and its passage); see the task's `decode`."""
-        needs_pair = self.task.name in {"question-answering", "sentence-similarity"}
-        if needs_pair and pair is None:
-            raise SettingError(f"{self.task.name} needs two texts")
-        if self.task.name == "token-classification":
-            return next(self.answers([Example(tuple(text.split()))])).value
+        if self.task.pairs == ("never" if pair is not None else "must"):
+            raise SettingError(f"{self.task.name} takes {'one text' if pair is not None else 'two texts'}")
         return next(self.answers([Example(text, pair)])).value
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

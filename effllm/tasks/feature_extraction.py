@@ -63,6 +63,6 @@ class FeatureExtraction(Task):
         """Return the unit-length embedding as a float32 array (H,)."""
         return unit(pool(outputs[0]["last_hidden_state"], head.pooling)).astype(np.float32)
 
-    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
+    def agreements(self, first: Any, second: Any) -> list[float]:
         """Return the cosine of the two embeddings."""
-        return cosine(first, second), 1.0
+        return [cosine(first, second)]

@@ -30,15 +30,20 @@ class FillMask(Task):
 
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
         """Read `text`; its reference answer is the text itself."""
-        return Example(text_column(record, "text"), gold=True if gold else None)
+        return Example(text_column(record, "text"), gold=True)
 
     def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
-        """Encode the text. Without a mask in it, 15 % of its tokens, a pure function of the text, are masked."""
+        """Encode the text.
+
+        Where it is its own reference and holds no mask, 15 % of its tokens, a pure function of the text, are masked.
+        """
         text = str(example.text)
         if tokenizer.mask_token is None or tokenizer.mask_id is None:
             raise SettingError("the model's tokenizer has no mask token")
         if MASK in text or tokenizer.mask_token in text:
             return [tokenizer.encode(text.replace(MASK, tokenizer.mask_token))]
+        if example.gold is None:
+            raise SettingError(f"there is no {MASK} in the text")
         encoding = tokenizer.encode(text)
         places = [i for i, special in enumerate(encoding.special) if not special]
         count = max(1, round(EVALUATION_RATE * len(places))) if places else 0
@@ -68,10 +73,9 @@ class FillMask(Task):
             )
         return {"masks": places}
 
-    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
-        """Return at how many masks the best token is the same, and how many masks there are."""
-        pairs = list(zip(first["masks"], second["masks"], strict=True))
-        return float(sum(a["id"] == b["id"] for a, b in pairs)), float(len(pairs))
+    def agreements(self, first: Any, second: Any) -> list[float]:
+        """Return for each mask whether the best token is the same."""
+        return [float(a["id"] == b["id"]) for a, b in zip(first["masks"], second["masks"], strict=True)]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
         """Return (masks restored, masks)."""

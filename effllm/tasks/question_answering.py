@@ -125,6 +125,7 @@ class QuestionAnswering(Task):
     """
 
     name = "question-answering"
+    pairs = "must"
     auto_class = "AutoModelForQuestionAnswering"
     architectures = ("ForQuestionAnswering",)
     outputs = ("start_logits", "end_logits")
@@ -169,9 +170,9 @@ class QuestionAnswering(Task):
         spans = [answer_tokens(encoding, start, end) or (0, 0) for encoding in encodings]
         return [{"start": first, "end": last} for first, last in spans]
 
-    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
+    def agreements(self, first: Any, second: Any) -> list[float]:
         """Return whether the answers are the same span."""
-        return float((first["start"], first["end"]) == (second["start"], second["end"])), 1.0
+        return [float((first["start"], first["end"]) == (second["start"], second["end"]))]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
         """Return (best F1 over the reference answers, 1, whether one is matched exactly)."""

@@ -21,6 +21,7 @@ class SentenceSimilarity(Task):
     """
 
     name = "sentence-similarity"
+    pairs = "must"
     auto_class = "AutoModel"
     architectures = ("Model",)
     any_model = True
@@ -48,9 +49,9 @@ class SentenceSimilarity(Task):
         score = (float(example.gold) - low) / (high - low)
         return [{"score": score} for _ in encodings]
 
-    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
-        """Return the cosines between the two models' embeddings, summed over the two sentences."""
-        return sum(cosine(a, b) for a, b in zip(first["embeddings"], second["embeddings"], strict=True)), 2.0
+    def agreements(self, first: Any, second: Any) -> list[float]:
+        """Return the cosines between the two models' embeddings of each sentence."""
+        return [cosine(a, b) for a, b in zip(first["embeddings"], second["embeddings"], strict=True)]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
         """Return (similarity, reference score)."""

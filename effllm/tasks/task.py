@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -68,6 +68,8 @@ class Task(ABC):
     """What `condense` keeps that two models are compared by; empty where that is `outputs`."""
     per_token: ClassVar[bool] = True
     """True when the outputs have one entry per token, false when one per text."""
+    pairs: ClassVar[Literal["never", "may", "must"]] = "never"
+    """Whether an input has a second text."""
     batch_tokens: ClassVar[int] = 2048
     """The most padded tokens in one batch of an evaluation; bounds the memory of the outputs."""
     columns: ClassVar[Mapping[str, str]]
@@ -94,8 +96,8 @@ class Task(ABC):
         """Make the answer, a JSON value with scores, from what `condense` kept of each encoding's outputs."""
 
     @abstractmethod
-    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
-        """Compare two models' answers to one example: (how much of it agrees, out of how much)."""
+    def agreements(self, first: Any, second: Any) -> list[float]:
+        """Compare two models' answers to one example: for each part of it 1 where they agree, else 0; or the cosine."""
 
     def targets(self, example: Example, encodings: Sequence[Encoding], head: Head) -> list[dict[str, Any]]:
         """Return what the training loss needs, one mapping per encoding: scalars, or int64 arrays (T,).

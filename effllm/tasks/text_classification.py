@@ -55,6 +55,7 @@ class TextClassification(Task):
     """
 
     name = "text-classification"
+    pairs = "may"
     auto_class = "AutoModelForSequenceClassification"
     architectures = ("ForSequenceClassification",)
     outputs = ("logits",)
@@ -99,11 +100,11 @@ class TextClassification(Task):
         """Return `labels`: the label's index, or the number for a one-output head."""
         return [{"labels": example.gold}]
 
-    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
+    def agreements(self, first: Any, second: Any) -> list[float]:
         """Return whether the labels are the same; for a one-output head, one minus the difference of the outputs."""
         if "scores" not in first:
-            return max(0.0, 1.0 - abs(first["score"] - second["score"])), 1.0
-        return float(first["index"] == second["index"]), 1.0
+            return [max(0.0, 1.0 - abs(first["score"] - second["score"]))]
+        return [float(first["index"] == second["index"])]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
         """Return (correct, 1, predicted, reference, labels of the head); for one output (output, reference, 0)."""

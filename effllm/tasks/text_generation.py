@@ -76,10 +76,9 @@ class TextGeneration(Task):
             "predicted": predicted,
         }
 
-    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
-        """Return for how many tokens the same one was the likeliest, and how many were predicted."""
-        pairs = list(zip(first["predicted"], second["predicted"], strict=True))
-        return float(sum(a == b for a, b in pairs)), float(len(pairs))
+    def agreements(self, first: Any, second: Any) -> list[float]:
+        """Return for each predicted token whether the same one was the likeliest."""
+        return [float(a == b) for a, b in zip(first["predicted"], second["predicted"], strict=True)]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
         """Return (negative log-likelihood, predicted tokens)."""

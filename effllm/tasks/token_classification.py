@@ -89,9 +89,9 @@ class TokenClassification(Task):
             previous = word
         return [{"labels": labels}]
 
-    def agreement(self, example: Example, first: Any, second: Any) -> tuple[float, float]:
-        """Return on how many words the tags are the same, and how many words there are."""
-        return float(sum(a == b for a, b in zip(first["tags"], second["tags"], strict=True))), float(len(first["tags"]))
+    def agreements(self, first: Any, second: Any) -> list[float]:
+        """Return for each word whether the tags are the same."""
+        return [float(a == b) for a, b in zip(first["tags"], second["tags"], strict=True)]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
         """Return (spans right, spans predicted, spans in the reference)."""

@@ -127,7 +127,7 @@ def _runs(
         step = {"verb": "finetune", "settings": to_json(settings), "seeds": seeds, "teacher": str(teacher or "")}
         content = {
             "task": goal.task.name,
-            "parent": {"name": goal.folder.path.name, "weights_sha256": weights_digest(goal.folder.path)},
+            "parent": {"name": goal.folder.name, "weights_sha256": weights_digest(goal.folder.path)},
             "steps": [step],
             "max_length": _tokenizer(goal.folder, settings).max_length,
             "score_range": list(goal.head.score_range),
@@ -182,7 +182,7 @@ def _run(
         evaluate=DevMetric(goal, tokenizer),
         eval_every=settings.eval_every,
         companions=companion_files(goal.folder.path),
-        manifest={"task": goal.task.name, "parent": {"name": goal.folder.path.name}, "steps": []},
+        manifest={"task": goal.task.name, "parent": {"name": goal.folder.name}, "steps": []},
         patience=settings.patience,
     )
     yield from train(run, accelerator, checkpoint)

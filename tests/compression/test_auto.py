@@ -84,7 +84,8 @@ def test_what_a_model_does_not_take_is_a_refused_trial_and_ends_nothing(tmp_path
     runs = search(tmp_path, make)
     assert Auto().search(runs, 0.01, distil=False).specs == ("int8",)
     assert runs.all[1].refused == "heads that share keys cannot be pruned"
-    assert not search(tmp_path, make).seen[runs.all[1].specs].within(1.0)  # nor after a restart
+    assert not runs.all[1].within(1.0)
+    assert [t.specs for t in search(tmp_path, make).all] == [("int8",)]  # another release may take it
     with pytest.raises(GateFailed, match=r"int8: 5.00%; .*: heads that share keys"):
         Auto().best([trial(("int8",), 0.05, 2.0), runs.all[1]], 0.01)
 

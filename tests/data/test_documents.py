@@ -117,6 +117,15 @@ def test_a_document_too_long_for_memory_is_named(tmp_path: Path, monkeypatch: py
     assert read(file(tmp_path, "b.txt", "x" * 100 + "\n\n" + "y" * 100)) == ["x" * 100, "y" * 100]
 
 
+@pytest.mark.parametrize(("name", "words"), [("a.txt", "1: a document of more than"), ("a.jsonl", "1 has more than")])
+def test_a_line_too_long_for_memory_is_not_read_to_its_end(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "LINE_CHARACTERS", 100)
+    assert f"{name}:{words} 100 characters" in refused(file(tmp_path, name, b"x" * 100_000 + b"\xff"))
+
+
 def test_a_large_file_comes_in_batches_as_it_is_read(tmp_path: Path) -> None:
     good = "x" * 1000 + "\n\n"
     path = file(tmp_path, "a.txt", good.encode() * 5000 + b"\xff")
