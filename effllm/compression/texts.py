@@ -14,6 +14,7 @@ from effllm.data.split import digest, distinct, sample, without
 from effllm.errors import SettingError, Unsupported
 from effllm.exporters.source import Source
 from effllm.tasks import Example
+from effllm.tasks.text_classification import gives_each_label
 
 CALIBRATION = 500
 GATE_EXAMPLES = 400
@@ -138,7 +139,12 @@ def _training(source: Source, methods: Sequence[Method], given: Given, gate: Seq
     if not hungry or given.train is None:
         return Part([], "")
     file = Path(given.train)
-    gold = any(getattr(method, "label_weight", 0) > 0 for method in hungry)
+    taught = [method for method in hungry if getattr(method, "label_weight", 0) > 0]
+    if taught and gives_each_label(source.task, source.head):
+        raise Unsupported(
+            f"--method {taught[0].name}: label_weight is for models that give a text one label; this one gives several"
+        )
+    gold = bool(taught)
     examples = read_examples(file, source.task, source.head, gold=gold, columns=given.columns)
     left = without(examples, gate)
     if not left:

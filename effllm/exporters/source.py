@@ -57,6 +57,9 @@ def load_source(folder: ModelFolder, task: Task) -> Source:
         )
     if not getattr(tokenizer, "is_fast", False):
         raise Unsupported(f"{folder.path} has no fast tokenizer ({type(tokenizer).__name__} cannot be converted)")
-    return Source(
-        folder, task, model.eval(), tokenizer, Head(labels=tuple(folder.labels), pooling=read_pooling(folder.path).mode)
+    head = Head(
+        labels=tuple(folder.labels),
+        pooling=read_pooling(folder.path).mode,
+        problem_type=folder.config.get("problem_type"),
     )
+    return Source(folder, task, model.eval(), tokenizer, head)
