@@ -51,7 +51,7 @@ class LatencyTable:
     def saved_ms(self, points: Mapping[int, float], units: Sequence[int] | torch.Tensor) -> np.ndarray:
         """Return what one layer with so many units saves against the dense one. More units never cost less."""
         at = sorted(points)
-        rising = np.minimum.accumulate(np.maximum.accumulate([points[k] for k in at])[::-1])[::-1]
+        rising = np.minimum.accumulate([points[k] for k in reversed(at)])[::-1]
         return (self.dense_ms - np.interp(np.asarray(units), at, rising)) / self.layers
 
     def predict_ms(self, heads: Sequence[int], neurons: Sequence[int]) -> float:

@@ -49,6 +49,11 @@ class Layers:
             raise SettingError(f"layers: give one of keep and drop, 1 or more, got keep={self.keep}, drop={self.drop}")
         check_calibration(self.name, self.calibration)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether texts decide which layers stay."""
+        return self.by != "even"
+
     def check(self, source: Source) -> None:
         """Raise SettingError when the model does not have as many layers as should stay or go."""
         self._kept(len(layer_list(source.model)[1]))

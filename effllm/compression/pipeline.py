@@ -18,7 +18,7 @@ from effllm.compression.auto import Auto
 from effllm.compression.gate import judge
 from effllm.compression.layers import linears
 from effllm.compression.method import GraphJob, GraphMethod, Method, Stage, WeightsJob, WeightsMethod
-from effllm.compression.texts import Given, Texts, choose_texts
+from effllm.compression.texts import Given, Texts, calibrates, choose_texts
 from effllm.errors import CheckFailed, GateFailed, Unsupported
 from effllm.exporters.agree import Agreement, check_agreement
 from effllm.exporters.card import model_card
@@ -113,6 +113,7 @@ def compress(
         source = dataclasses.replace(source, task=scoring(source.task))
     given = Given(calib, train, dev, columns, dev_limit)
     cores = threads or machine.usable_cores()
+    torch.set_num_threads(cores)
     if methods[-1].stage is Stage.SEARCH:
         from effllm.compression.search import search  # noqa: PLC0415 - it calls this function for its trials
 
@@ -218,7 +219,7 @@ class _Run:
             start=start,
             dense=dense,
             work=self.work,
-            calibration=self.texts.calibration.examples[: getattr(method, "calibration", None)],
+            calibration=self.texts.drawn(method).examples,
             gate_examples=self.gate,
             gate_data=self.texts.gate.data,
             max_drop=self.max_drop,
@@ -250,7 +251,7 @@ class _Run:
             job = WeightsJob(
                 source=self.source,
                 work=work,
-                calibration=self.texts.calibration.examples[: getattr(method, "calibration", None)],
+                calibration=self.texts.drawn(method).examples,
                 train=self.texts.train.examples,
                 threads=self.threads,
                 track=self.track,
@@ -271,9 +272,11 @@ class _Run:
         return [f"{what} to the model's {self.source.folder.max_length} tokens"] if truncated else []
 
     def _extra(self) -> dict[str, Any]:
+        calibrated = [self.texts.drawn(method).entry() if calibrates(method) else None for method in self.methods]
+        last = [entry for entry in calibrated if entry][-1:]
         return {
             "max_drop": self.max_drop,
-            "calibration": self.texts.calibration.entry(),
+            **({"calibration": last[0], "calibration_of_steps": calibrated} if last else {}),
             **({"train": self.texts.train.entry()} if self.texts.train.examples else {}),
             "gate": self.texts.gate.entry(),
             "details": self.details[-1],

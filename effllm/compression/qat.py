@@ -69,19 +69,20 @@ class Qat(Training):
         levels, _ = weight_levels(machine.instruction_set())
         chosen = list(linears(job.model).values())
         rounding = RoundedWeight(levels) if self.bits == 8 else RoundedWeight(7, self.group_size)
-        with rounded(chosen, rounding, inputs=self.bits == 8):
+        with rounded(job.model, chosen, rounding, inputs=self.bits == 8):
             details = recover(job, self)
         return Changed(details)
 
 
 @contextmanager
-def rounded(chosen: list[nn.Linear], weights: RoundedWeight, *, inputs: bool) -> Iterator[None]:
-    """Let linear layers compute with rounded weights, and with rounded inputs too, while the block runs."""
-    handles = []
+def rounded(model: nn.Module, chosen: list[nn.Linear], weights: RoundedWeight, *, inputs: bool) -> Iterator[None]:
+    """Let linear layers of a model compute with rounded weights, and with rounded inputs too, while the block runs."""
+    real = RealTokens()
+    handles = [model.register_forward_pre_hook(real, with_kwargs=True)]
     for linear in chosen:
         parametrize.register_parametrization(linear, "weight", weights)
         if inputs:
-            handles.append(linear.register_forward_pre_hook(RoundedInput()))
+            handles.append(linear.register_forward_pre_hook(RoundedInput(real)))
     try:
         yield
     finally:
@@ -105,19 +106,38 @@ class RoundedWeight(nn.Module):
         return _straight_through(weight, ((groups / scales).round() * scales).flatten(1))
 
 
-class RoundedInput:
-    """A hook before a layer that rounds its input to 256 steps over a moving range that holds zero."""
+class RealTokens:
+    """A hook before a model that notes which tokens of its batch are no padding: `mask`, bool (n, S)."""
 
     def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the batch's mask."""
+        self.mask = kwargs["attention_mask"] == 1
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows of x (n, S, K) that belong to real tokens, (tokens, K); all of x where it has no tokens."""
+        return x if self.mask is None or self.mask.shape != x.shape[:-1] else x[self.mask]
+
+
+class RoundedInput:
+    """A hook before a layer that rounds its input to 256 steps over a moving range that holds zero.
+
+    Padding is rounded too, but does not widen the range.
+    """
+
+    def __init__(self, real: RealTokens) -> None:
+        self.real = real
         self.low, self.high = 0.0, 0.0
         self.seen = False
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Take in the input's range and return the rounded input; its gradient is the input's."""
         x = args[0].detach()
-        keep = MEMORY if self.seen else 0.0
-        self.low = keep * self.low + (1 - keep) * min(float(x.min()), 0.0)
-        self.high = keep * self.high + (1 - keep) * max(float(x.max()), 0.0)
+        keep, real = MEMORY if self.seen else 0.0, self.real.of(x)
+        self.low = keep * self.low + (1 - keep) * min(float(real.min()), 0.0)
+        self.high = keep * self.high + (1 - keep) * max(float(real.max()), 0.0)
         self.seen = True
         scale = max((self.high - self.low) / 255, 1e-8)
         zero = round(-self.low / scale)

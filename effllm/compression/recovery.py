@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from effllm.compression.method import WeightsJob
+from effllm.compression.method import Stage, WeightsJob
 from effllm.errors import SettingError
 from effllm.folder import open_folder
 from effllm.hf import load_trained
@@ -19,6 +19,7 @@ class Training:
     """The settings that every method that trains has. Subclasses check their own after these."""
 
     name: ClassVar[str]
+    stage: ClassVar[Stage]
 
     epochs: float = field(default=1.0, metadata={"help": "passes over the training texts"})
     steps: int = field(default=0, metadata={"help": "optimiser steps to take instead; 0 = by epochs"})
@@ -35,6 +36,8 @@ class Training:
         for key, least in {"epochs": 0, "steps": 0, "batch_size": 1}.items():
             if getattr(self, key) < least:
                 raise SettingError(f"{self.name}: {key} must be at least {least}, got {getattr(self, key)}")
+        if self.stage is Stage.TRAIN and not (self.epochs or self.steps):
+            raise SettingError(f"{self.name}: epochs or steps must be above 0: it does nothing but train")
         if not self.learning_rate > 0:
             raise SettingError(f"{self.name}: learning_rate must be above 0, got {self.learning_rate}")
         for key in ("logits", "hidden", "attention", "label_weight"):

@@ -9,11 +9,12 @@ from typing import Any
 
 from effllm.compression.method import Method, Stage
 from effllm.data.english import english_sentences
-from effllm.data.readers import read_examples
-from effllm.data.split import digest, sample, without
+from effllm.data.readers import read_examples, renamed
+from effllm.data.split import digest, distinct, sample, without
 from effllm.errors import SettingError, Unsupported
 from effllm.exporters.source import Source
 from effllm.tasks import Example
+from effllm.tasks.text_classification import gives_each_label
 
 CALIBRATION = 500
 GATE_EXAMPLES = 400
@@ -46,12 +47,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of one run; the gate shares none with calibration and training."""
+    """The texts of one run; the gate shares none with calibration and training.
+
+    `calibration` holds all that methods calibrate on; `drawn` gives a method its own of them.
+    """
 
     calibration: Part
     train: Part
     gate: Part
     notes: list[str]
+
+    def drawn(self, method: Method) -> Part:
+        """Return what a method calibrates on: as many texts as it wants, chosen by its seed; none where it does not."""
+        if not calibrates(method):
+            return Part([], "")
+        chosen = sample(self.calibration.examples, wanted(method), getattr(method, "seed", 0))
+        return Part(chosen, self.calibration.data)
 
 
 def choose_texts(source: Source, methods: Sequence[Method], given: Given) -> Texts:
@@ -60,9 +71,7 @@ def choose_texts(source: Source, methods: Sequence[Method], given: Given) -> Tex
     Raises SettingError when a method needs training data that is not there, ArtifactError and Unsupported for files
     that cannot be used.
     """
-    task, head = source.task, source.head
-    count = max(getattr(method, "calibration", CALIBRATION) for method in methods)
-    seed = getattr(methods[-1], "seed", 0)
+    counts = [wanted(method) for method in methods if calibrates(method)]
     notes: list[str] = []
     gate = _labelled(source, given)
     train = _training(source, methods, given, gate.examples)
@@ -71,22 +80,47 @@ def choose_texts(source: Source, methods: Sequence[Method], given: Given) -> Tex
     elif train.examples:
         pool = train
     else:
-        pool = Part(task.unlabelled(english_sentences(), head), ENGLISH)
-        notes.append(f"calibrated on {ENGLISH.lower()}; --calib FILE with texts of your own domain is better")
-    candidates = without(pool.examples, gate.examples)
-    wanted = count if gate.examples else min(count, max(1, (len(candidates) + 1) // 2))
-    calibration = Part(sample(candidates, wanted, seed), pool.data)
+        pool = _english(source)
+        if counts:
+            notes.append(f"calibrated on {ENGLISH.lower()}; --calib FILE with texts of your own domain is better")
     if not gate.examples:
-        seen = [*calibration.examples, *train.examples]
-        gate = Part(sample(without(candidates, seen), GATE_EXAMPLES, seed), f"{pool.data}, not calibrated on")
-        if not gate.examples:
-            gate = Part(sample(task.unlabelled(english_sentences(), head), GATE_EXAMPLES, seed), ENGLISH)
+        gate = _unlabelled_gate(source, pool, train, max(counts, default=0))
         notes.append("no labelled data was given (--dev): the gate is on agreement with the dense model")
-    if not calibration.examples:
+    calibration = Part(distinct(without(pool.examples, gate.examples)), pool.data)
+    fewest = min([len(calibration.examples), *counts])
+    if counts and not fewest:
         raise Unsupported("every calibration text is also in the evaluation data; give other texts with --calib")
-    if len(calibration.examples) < FEW_TEXTS:
-        notes.append(f"only {len(calibration.examples)} calibration texts; {FEW_TEXTS} or more are better")
+    if counts and fewest < FEW_TEXTS:
+        notes.append(f"only {fewest} calibration texts; {FEW_TEXTS} or more are better")
     return Texts(calibration, train, gate, notes)
+
+
+def calibrates(method: Method) -> bool:
+    """Return whether a method takes calibration texts: it has a number of them, or tries methods that have."""
+    counted = hasattr(method, "calibration") or method.stage is Stage.SEARCH
+    return bool(getattr(method, "calibrates", counted))
+
+
+def wanted(method: Method) -> int:
+    """Return how many texts a method that calibrates wants."""
+    return int(getattr(method, "calibration", CALIBRATION))
+
+
+def _unlabelled_gate(source: Source, pool: Part, train: Part, calibration: int) -> Part:
+    """Return texts for the gate that leave as many as are wanted, half where there are few, to calibrate on.
+
+    Which they are does not depend on any seed. English sentences stand in where none can be spared.
+    """
+    free = distinct(without(pool.examples, train.examples))
+    kept = min(calibration, (len(free) + 1) // 2)
+    examples = sample(free, min(GATE_EXAMPLES, len(free) - kept), 0)
+    if examples:
+        return Part(examples, f"{pool.data}, not calibrated on" if calibration else pool.data)
+    return Part(sample(_english(source).examples, GATE_EXAMPLES, 0), ENGLISH)
+
+
+def _english(source: Source) -> Part:
+    return Part(source.task.unlabelled(english_sentences(), source.head), ENGLISH)
 
 
 def _calibration_pool(source: Source, given: Given) -> Part:
@@ -105,7 +139,12 @@ def _training(source: Source, methods: Sequence[Method], given: Given, gate: Seq
     if not hungry or given.train is None:
         return Part([], "")
     file = Path(given.train)
-    gold = any(getattr(method, "label_weight", 0) > 0 for method in hungry)
+    taught = [method for method in hungry if getattr(method, "label_weight", 0) > 0]
+    if taught and gives_each_label(source.task, source.head):
+        raise Unsupported(
+            f"--method {taught[0].name}: label_weight is for models that give a text one label; this one gives several"
+        )
+    gold = bool(taught)
     examples = read_examples(file, source.task, source.head, gold=gold, columns=given.columns)
     left = without(examples, gate)
     if not left:
@@ -115,7 +154,7 @@ def _training(source: Source, methods: Sequence[Method], given: Given, gate: Seq
 
 def needs_training(method: Method) -> bool:
     """Return whether a method trains: by its stage, or because its `epochs` say so."""
-    return getattr(method, "epochs", 1.0 if method.stage is Stage.TRAIN else 0.0) > 0
+    return method.stage is Stage.TRAIN or getattr(method, "epochs", 0.0) > 0
 
 
 def _labelled(source: Source, given: Given) -> Part:
@@ -127,5 +166,5 @@ def _labelled(source: Source, given: Given) -> Part:
             file, source.task, source.head, gold=True, columns=given.columns, limit=given.dev_limit
         )
         return Part(examples, file.name)
-    parsed = [source.task.parse(record, source.head, gold=True) for record in given.dev]
-    return Part(parsed[: given.dev_limit], "examples given by the caller")
+    records = (renamed(record, given.columns or {}, "an example of dev") for record in given.dev[: given.dev_limit])
+    return Part([source.task.parse(r, source.head, gold=True) for r in records], "examples given by the caller")

@@ -27,8 +27,13 @@ def without(examples: Sequence[Example], others: Sequence[Example]) -> list[Exam
     return [e for e in examples if fingerprint(e) not in known]
 
 
+def distinct(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples, of those with the same texts the last at the place of the first."""
+    return list({fingerprint(e): e for e in examples}.values())
+
+
 def sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """Return at most `count` distinct examples, chosen by the seed and kept in their order."""
-    distinct = list({fingerprint(e): e for e in examples}.values())
-    chosen = sorted(random.Random(seed).sample(range(len(distinct)), min(count, len(distinct))))
-    return [distinct[i] for i in chosen]
+    pool = distinct(examples)
+    chosen = sorted(random.Random(seed).sample(range(len(pool)), min(count, len(pool))))
+    return [pool[i] for i in chosen]

@@ -53,5 +53,9 @@ def load_source(folder: ModelFolder, task: Task) -> Source:
         raise ArtifactError(f"the tokenizer of {folder.path} cannot be loaded by transformers: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise Unsupported(f"{folder.path} has no fast tokenizer ({type(tokenizer).__name__} cannot be converted)")
-    head = Head(labels=tuple(folder.labels), pooling=read_pooling(folder.path).mode)
+    head = Head(
+        labels=tuple(folder.labels),
+        pooling=read_pooling(folder.path).mode,
+        problem_type=folder.config.get("problem_type"),
+    )
     return Source(folder, task, model, tokenizer, head)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
 
 
+MULTI_LABEL = "multi_label_classification"
+"""What transformers calls the problem of heads with several labels per text."""
+
+
 def label_index(value: Any, labels: Sequence[str]) -> int:
     """Return the index of a label given by name, or by number where the names are no numbers themselves.
 
@@ -45,6 +49,11 @@ def matthews(counts: np.ndarray) -> float:
     reference, predicted, n = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
     norm = np.sqrt(n**2 - reference @ reference) * np.sqrt(n**2 - predicted @ predicted)
     return float((counts.trace() * n - reference @ predicted) / norm) if norm else 0.0
+
+
+def gives_each_label(task: Task, head: Head) -> bool:
+    """Return whether a head gives every label a probability of its own, so that a text can have several or none."""
+    return isinstance(task, TextClassification) and head.problem_type == MULTI_LABEL
 
 
 class TextClassification(Task):
@@ -82,30 +91,35 @@ class TextClassification(Task):
         """Return `{"label", "score", "scores", "logits"}`; `score` is the probability.
 
         `scores` are by label, best first, of labels of one name the best; `logits` in the order of the head's labels.
-        Of a one-output head, `{"label", "score"}` with its raw output.
+        A head with several labels per text adds `labels`, those that are likelier than not. Of a one-output head,
+        `{"label", "score"}` with its raw output.
         """
         logits = outputs[0]["logits"]
         if len(logits) == 1:
             return {"label": head.labels[0], "score": float(logits[0]), "index": 0}
-        if head.problem_type == "multi_label_classification":
-            scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
-        else:
-            scores = softmax(logits)
+        several = gives_each_label(self, head)
+        scores = 1 / (1 + np.exp(-logits.astype(np.float64))) if several else softmax(logits)
         best = int(scores.argmax())
         named: dict[str, float] = {}
         for i in np.argsort(-scores, kind="stable"):
             named.setdefault(head.labels[i], float(scores[i]))
         answer = {"label": head.labels[best], "score": float(scores[best]), "index": best, "scores": named}
-        return answer | {"logits": logits.tolist()}
+        likely = {"labels": [label for label, score in named.items() if score > 0.5]} if several else {}
+        return answer | likely | {"logits": logits.tolist()}
 
     def targets(self, example: Example, encodings: Sequence[Encoding], head: Head) -> list[dict[str, Any]]:
         """Return `labels`: the label's index, or the number for a one-output head."""
         return [{"labels": example.gold}]
 
     def agreements(self, first: Any, second: Any) -> list[float]:
-        """Return whether the labels are the same; for a one-output head, one minus the difference of the outputs."""
+        """Return whether the labels are the same; for a one-output head, one minus the difference of the outputs.
+
+        For a head with several labels per text, whether the models agree on giving it, for each label.
+        """
         if "scores" not in first:
             return [max(0.0, 1.0 - abs(first["score"] - second["score"]))]
+        if "labels" in first:
+            return [float((label in first["labels"]) == (label in second["labels"])) for label in first["scores"]]
         return [float(first["index"] == second["index"])]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:

@@ -1,7 +1,8 @@
 """Distillation: a student learns from a teacher's logits, hidden states and attention relations.
 
-- logits: temperature² · KL(teacher ‖ student) of the softened distributions (Hinton et al. 2015, section 2); outputs of
-  regression heads by their squared difference; embeddings by the squared distance of their unit vectors
+- logits: temperature² · KL(teacher ‖ student) of the softened distributions (Hinton et al. 2015, section 2), summed
+  over the labels where each has one of its own; outputs of regression heads by their squared difference; embeddings by
+  the squared distance of their unit vectors
 - hidden: squared difference of hidden states, mean over the width (Jiao et al. 2020, TinyBERT, equation 8), student
   layer i with teacher layer i · (teacher layers / student layers), rounded up; through a learned matrix where the
   widths differ, which is not saved
@@ -67,12 +68,24 @@ def observe(model: Any, inputs: dict[str, torch.Tensor], names: tuple[str, ...],
 
 
 class Distillation(nn.Module):
-    """The losses between a student and a frozen teacher. `forward` returns their sums, one per component."""
+    """The losses between a student and a frozen teacher. `forward` returns their sums, one per component.
 
-    def __init__(self, teacher: Any, student: Any, components: tuple[str, ...], temperature: float) -> None:
+    With `each_label`, logits are those of labels that a text has or has not, each by itself.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        student: Any,
+        components: tuple[str, ...],
+        temperature: float,
+        *,
+        each_label: bool = False,
+    ) -> None:
         super().__init__()
         self.components = components
         self._temperature = temperature
+        self._each_label = each_label
         self._heads = int(teacher.config.num_attention_heads)
         self._frozen = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module's parameters
         widths = student.config.hidden_size, teacher.config.hidden_size
@@ -109,6 +122,8 @@ class Distillation(nn.Module):
                 continue
             if name in SPANS:  # a distribution over the tokens, of which padding is none
                 own, target = (x.masked_fill(~mask, -1e9) for x in (own, target))
+            elif self._each_label:
+                own, target = has_or_has_not(own), has_or_has_not(target)
             total = total + _softened_kl(own[rows], target[rows], self._temperature)
         return total
 
@@ -131,6 +146,11 @@ class Distillation(nn.Module):
             rows = divergence.masked_fill(~mask[:, None, None, :], 0).sum(dim=-1)
             total = total + rows.mean(dim=1)[mask].sum() / 3
         return total
+
+
+def has_or_has_not(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits (…, labels, 2) whose softmax is a label's sigmoid and its complement, from logits (…, labels)."""
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
 
 
 def _softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -22,6 +22,7 @@ from effllm.data.order import permuted
 from effllm.runtime.tokenizer import INPUTS, Encoding, TextTokenizer, pad_batch
 from effllm.tasks import Example, Head, Task
 from effllm.tasks.task import IGNORED
+from effllm.tasks.text_classification import gives_each_label
 from effllm.train.distil import COMPONENTS, EMBEDDING, Distillation, Seen, observe
 from effllm.train.loop import MicroBatch
 from effllm.train.losses import LOSSES
@@ -167,7 +168,10 @@ class SupervisedModel(nn.Module):
         self.components = tuple(weights)
         self._weights = tuple(weights.values())
         distilled = tuple(name for name in self.components if name != "label")
-        self.distillation = Distillation(teacher, model, distilled, settings.temperature) if distilled else None
+        each_label = gives_each_label(task, head)
+        self.distillation = (
+            Distillation(teacher, model, distilled, settings.temperature, each_label=each_label) if distilled else None
+        )
         self._takes = tuple(n for n in INPUTS if n in inspect.signature(model.forward).parameters)
 
     def forward(

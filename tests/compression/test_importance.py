@@ -29,8 +29,9 @@ def test_gradients_of_masks_are_those_of_finite_differences(tmp_path: Path) -> N
             mask = torch.ones(block.count, dtype=torch.float64)
             mask[unit] += sign * step
             with torch.no_grad(), masking(job.model, {block: mask}):
-                outputs = task_outputs(job.model, job.source.task, job.source.head, feed)
-                losses.append(float(probe_loss(job.source.task, outputs, feed["attention_mask"] == 1, generator)))
+                task, head = job.source.task, job.source.head
+                outputs = task_outputs(job.model, task, head, feed)
+                losses.append(float(probe_loss(task, head, outputs, feed["attention_mask"] == 1, generator)))
         differences = torch.tensor(losses).view(-1, 2)
         # The loss is float32, so a difference of two carries 2 ulp of it, divided by the distance.
         expected = (differences[:, 0] - differences[:, 1]) / (2 * step)

@@ -12,9 +12,9 @@ from effllm.compression.fisher import per_example_gradients, probe_loss
 from effllm.compression.layers import linears, weight_of
 from effllm.compression.obert import in_blocks, saliency, surgery
 from effllm.errors import SettingError
-from effllm.tasks import TASKS
+from effllm.tasks import TASKS, Head
 
-CLASSIFICATION = TASKS["text-classification"]
+CLASSIFICATION, HEAD = TASKS["text-classification"], Head()
 
 
 def make_fisher(blocks: int, size: int, gradients: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_texts_alone(classifier, tmp_path):
 def test_labels_are_drawn_as_often_as_the_model_expects_them():
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([[0.0, 1.0, -1.0]]).expand(4000, 3).clone().requires_grad_()
-    probe_loss(CLASSIFICATION, {"logits": logits}, torch.ones(4000, 1, dtype=torch.bool), generator).backward()
+    probe_loss(CLASSIFICATION, HEAD, {"logits": logits}, torch.ones(4000, 1, dtype=torch.bool), generator).backward()
     expected = logits[0].detach().softmax(0)
     drawn = (expected - logits.grad).round().mean(0)
     error = (expected * (1 - expected) / 4000).sqrt()
@@ -101,9 +101,9 @@ def test_padding_changes_nothing(name):
     shape = (2, 5) if name == "question-answering" else (2, 5, 7)
     outputs = {key: torch.randn(shape) for key in task.outputs}
     padded = {key: torch.cat([value, torch.full_like(value[:, :2], 9.0)], dim=1) for key, value in outputs.items()}
-    short = probe_loss(task, outputs, mask, torch.Generator().manual_seed(1))
+    short = probe_loss(task, HEAD, outputs, mask, torch.Generator().manual_seed(1))
     wide = torch.cat([mask, torch.zeros(2, 2, dtype=torch.bool)], dim=1)
-    torch.testing.assert_close(probe_loss(task, padded, wide, torch.Generator().manual_seed(1)), short)
+    torch.testing.assert_close(probe_loss(task, HEAD, padded, wide, torch.Generator().manual_seed(1)), short)
 
 
 def test_no_sparsity_changes_nothing(classifier, tmp_path):

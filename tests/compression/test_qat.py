@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORDS, make_model
 from torch import nn
 
 from effllm.compression import check_order, parse_method
+from effllm.compression.layers import linears
 from effllm.compression.pipeline import compress
-from effllm.compression.qat import RoundedInput, RoundedWeight, rounded
+from effllm.compression.qat import RealTokens, RoundedInput, RoundedWeight, rounded
 from effllm.errors import SettingError
-from effllm.hf import SparseLinear
+from effllm.hf import SparseLinear, load
 
 TEXTS = [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(4 + i % 17)) for i in range(60)]
 
@@ -34,12 +36,37 @@ def test_groups_have_scales_of_their_own() -> None:
 
 
 def test_inputs_round_to_a_moving_range_that_holds_zero() -> None:
-    hook = RoundedInput()
+    hook = RoundedInput(RealTokens())
     (first,) = hook(nn.Identity(), (torch.tensor([2.0, 3.3, 255.0]),))
     assert first.tolist() == [2, 3, 255]
     hook(nn.Identity(), (torch.tensor([0.0, 55.0]),))
     assert hook.low == 0
     assert hook.high == pytest.approx(0.99 * 255 + 0.01 * 55)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_padding_does_not_widen_the_range(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text alone, and beside a longer batch's padding, gives every layer the same range."""
+    model = load(make_model(tmp_path / "model", architecture))
+    ranges = []
+    for width in (4, 40):
+        hooks: list[RoundedInput] = []
+        start = RoundedInput.__init__
+
+        def noted(hook: RoundedInput, *given: object, start=start, hooks=hooks) -> None:
+            start(hook, *given)
+            hooks.append(hook)
+
+        ids = torch.zeros(1, width, dtype=torch.long)
+        ids[0, :4] = torch.tensor([2, 7, 11, 3])
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(RoundedInput, "__init__", noted)
+            with rounded(model, list(linears(model).values()), RoundedWeight(127), inputs=True):
+                model(input_ids=ids, attention_mask=(torch.arange(width) < 4).long()[None])
+        ranges.append([(hook.low, hook.high) for hook in hooks])
+    assert len(ranges[0]) == len(linears(model))
+    # Steps are of about 0.02; a value on the edge between two may fall to either side, as sums are in another order.
+    np.testing.assert_allclose(ranges[0], ranges[1], rtol=0, atol=0.02)
 
 
 def test_afterwards_the_layer_is_the_one_it_was() -> None:
@@ -49,7 +76,7 @@ def test_afterwards_the_layer_is_the_one_it_was() -> None:
     weight, before = linear.weight, linear.weight.detach().clone()
     x = torch.randn(3, 8)
     plain = linear(x)
-    with rounded([linear], RoundedWeight(3), inputs=True):
+    with rounded(nn.Sequential(linear), [linear], RoundedWeight(3), inputs=True):
         assert not torch.equal(linear(x), plain)
         linear(x).square().sum().backward()
     assert type(linear) is SparseLinear

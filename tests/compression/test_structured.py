@@ -65,8 +65,11 @@ def test_a_table_is_read_between_its_points_and_never_falls() -> None:
     # One layer with 3 heads saves half of the 3 ms that both would; one with 8 neurons half of 9 ms.
     assert TABLE.predict_ms([3, 4], [64, 64]) == pytest.approx(20 - 3 / 2)
     assert TABLE.predict_ms([4, 4], [8, 64]) == pytest.approx(20 - 9 / 2)
-    noisy = LatencyTable({1: 12.0, 2: 21.0, 4: 20.0}, {}, 2, "")
-    assert (np.diff(noisy.saved_ms(noisy.heads_ms, range(1, 5))) <= 0).all()
+    noisy = LatencyTable({1: 12.0, 2: 21.0, 4: 20.0}, {64: 20.0}, 2, "")
+    saved = noisy.saved_ms(noisy.heads_ms, range(1, 5))
+    assert (np.diff(saved) <= 0).all()
+    assert saved[-1] == 0
+    assert (noisy.dense_ms, noisy.predict_ms([4, 4], [64, 64])) == (20, 20)
 
 
 def test_widths_that_are_measured() -> None:
