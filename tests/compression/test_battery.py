@@ -145,7 +145,8 @@ def make_all(root: Path, architecture: str, names: Iterable[str]) -> Made:
 @pytest.fixture(scope="session")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     """What `make_all` makes of an architecture, when it is first asked for: the methods whose tests were chosen."""
-    chosen = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    own = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    chosen = {item.callspec.params.get("name") for item in own}
     names = [name for name in METHODS if name in chosen | {DAMAGED}]
     return functools.cache(lambda architecture: make_all(tmp_path_factory.mktemp(architecture), architecture, names))
 
