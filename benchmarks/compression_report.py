@@ -95,9 +95,10 @@ def tables(rows: Sequence[Row], metric: str, name: str, picture: str = "") -> st
     """
     found = recipes(rows, metric)
     seeds = max(recipe.quality.n for recipe in found)
-    notes = [found[0].quality.machine]
+    timed = [row for recipe in found for row in recipe.speeds if row]
+    notes = [timed[0].machine if timed else found[0].quality.machine]
     notes.append(f"where several seeds were run, up to {seeds}, median [lowest, highest]" if seeds > 1 else "one seed")
-    if any(row for recipe in found for row in recipe.speeds):
+    if timed:
         notes.append("speed over ONNX Runtime float32, one thread, one interleaved run")
     shown = f"![{name} against the share of weights that are zero]({picture})"
     zeros = sparse_table(found, name)
