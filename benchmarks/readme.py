@@ -190,6 +190,12 @@ def compression_table() -> str:
     )
 
 
+def embedding_table() -> str:
+    """Return what 8 and 4 bits cost embeddings."""
+    rows = read_rows(RESULTS / "compression_stsb-en.jsonl")
+    return compression_report.tables(rows, "spearman", "STS-B dev Spearman")
+
+
 def chinese_table() -> str:
     """Return what each recipe costs a Chinese model of sentence similarity."""
     rows = read_rows(RESULTS / "compression_stsb-zh.jsonl")
@@ -322,6 +328,7 @@ TABLES = {
     "training": training_table,
     "interop": interop_table,
     "compression": compression_table,
+    "compression_stsb-en": embedding_table,
     "compression_stsb-zh": chinese_table,
     "decoder": decoder_table,
     "serving": serving_table,
