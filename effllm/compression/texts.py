@@ -84,7 +84,7 @@ def choose_texts(source: Source, methods: Sequence[Method], given: Given) -> Tex
         if counts:
             notes.append(f"calibrated on {ENGLISH.lower()}; --calib FILE with texts of your own domain is better")
     if not gate.examples:
-        gate = _unlabelled_gate(source, pool, train, max(counts, default=0))
+        gate = _unlabelled_gate(source, pool, train, calibrating=bool(counts))
         notes.append("no labelled data was given (--dev): the gate is on agreement with the dense model")
     calibration = Part(distinct(without(pool.examples, gate.examples)), pool.data)
     fewest = min([len(calibration.examples), *counts])
@@ -106,16 +106,15 @@ def wanted(method: Method) -> int:
     return int(getattr(method, "calibration", CALIBRATION))
 
 
-def _unlabelled_gate(source: Source, pool: Part, train: Part, calibration: int) -> Part:
-    """Return texts for the gate that leave as many as are wanted, half where there are few, to calibrate on.
+def _unlabelled_gate(source: Source, pool: Part, train: Part, *, calibrating: bool) -> Part:
+    """Return texts for the gate, at most half of them where others are to calibrate on.
 
     Which they are does not depend on any seed. English sentences stand in where none can be spared.
     """
     free = distinct(without(pool.examples, train.examples))
-    kept = min(calibration, (len(free) + 1) // 2)
-    examples = sample(free, min(GATE_EXAMPLES, len(free) - kept), 0)
+    examples = sample(free, min(GATE_EXAMPLES, len(free) // 2 if calibrating else len(free)), 0)
     if examples:
-        return Part(examples, f"{pool.data}, not calibrated on" if calibration else pool.data)
+        return Part(examples, f"{pool.data}, not calibrated on" if calibrating else pool.data)
     return Part(sample(_english(source).examples, GATE_EXAMPLES, 0), ENGLISH)
 
 
