@@ -19,7 +19,7 @@ from effllm.errors import CheckFailed, SettingError
 from effllm.folder import ModelFolder, open_folder
 from effllm.measure.latency import Load, System
 from effllm.measure.latency import bench as bench_systems
-from effllm.measure.quality import batch_spread, compare, evaluate
+from effllm.measure.quality import batch_spread, compare, evaluate, quality_row
 from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.runtime.engine import open_engine
@@ -102,9 +102,8 @@ def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Pa
     from effllm.compression.pipeline import export  # noqa: PLC0415 - loads torch, which ONNX folders do not need
 
     entrants: list[Entrant] = []
-    labels = _labels([open_folder(model, weights=False) for model in models])
-    for model, label in zip(models, labels, strict=True):
-        folder = open_folder(model, weights=False)
+    folders = [open_folder(model, weights=False) for model in models]
+    for folder, label in zip(folders, _labels(folders), strict=True):
         variant = Variant.open(folder.path) if is_variant(folder.path) else None
         task = task_of(folder, settings.task or (variant.task if variant else None))
         task = scoring(task) if settings.data else task
@@ -113,7 +112,6 @@ def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Pa
             entrants.append(Entrant(label, folder.path, "onnxruntime", file, task))
             entrants += [Entrant(f"{label} {e}", folder.path, e, file, task) for e in settings.engines]
             continue
-        folder = open_folder(model)
         prefix = "" if not entrants else f"{label} "
         out = scratch / f"dense-{len(entrants)}"
         export(folder.path, out, task=task.name, track=track)
@@ -165,9 +163,10 @@ def _quality(
     reference = next((e for e in entrants if e.name == DENSE), entrants[0])
     dense = reference.predictor(threads)
     labelled = any(example.gold is not None for example in examples) and dense.task.metric
-    rows = evaluate(dense, examples, data, track)[0][:1] if labelled else []
-    rows += _batch_rows(dense, examples)
+    rows = _batch_rows(dense, examples)
     others = [entrant for entrant in entrants if entrant is not reference]
+    if labelled and not others:
+        rows += evaluate(dense, examples, data, track)[0][:1]
     for entrant in others:
         other = entrant.predictor(threads)
         comparison = compare(dense, other, examples, data, track)
@@ -177,8 +176,12 @@ def _quality(
                 f"(at least {settings.min_agreement:.0%} is wanted); it is not timed"
             )
         own = [row for row in comparison.rows() if row.system == entrant.name]
-        if entrant is others[0] and not labelled:
-            rows.append(dataclasses.replace(own[0], value=1.0, system=reference.name))
+        if entrant is others[0]:
+            rows.append(
+                quality_row(entrant.task, comparison.dense, reference.name, data)
+                if comparison.labelled
+                else dataclasses.replace(own[0], value=1.0, system=reference.name)
+            )
         rows += own + _batch_rows(other, examples)
     return rows
 

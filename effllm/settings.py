@@ -122,8 +122,10 @@ def read_key(flag: str, file: str) -> str:
     """Return the API key in a file. Raises SettingError, which does not quote it, when the file holds none."""
     try:
         key = Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{flag} {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise SettingError(f"{flag} {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:  # whose text would quote a byte
+        raise SettingError(f"{flag} {file} cannot be read: it is not UTF-8 text") from None
     if len(key.split()) != 1 or not key.isascii() or not key.isprintable():
         raise SettingError(f"{flag} {file} must hold one key of plain characters, without spaces in it")
     return key

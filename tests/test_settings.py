@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effllm.errors import SettingError
-from effllm.settings import build, describe, split_spec, to_json
+from effllm.settings import build, describe, read_key, split_spec, to_json
 
 QUICK = settings(deadline=None, max_examples=60)
 
@@ -155,3 +156,11 @@ def test_a_field_of_another_type_is_a_bug() -> None:
 
     with pytest.raises(TypeError, match="not supported"):
         build(Odd, {"n": "1"}, "odd")
+
+
+def test_a_key_file_that_is_no_text_is_refused_without_a_byte_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(b"secret\xfe")
+    with pytest.raises(SettingError) as refused:
+        read_key("--key-file", str(file))
+    assert str(refused.value) == f"--key-file {file} cannot be read: it is not UTF-8 text"
