@@ -32,8 +32,8 @@ from effllm.variant import Variant
 
 RESULTS = Path(__file__).parent / "results" / "transfer.jsonl"
 EXAMPLES, SEEDS = 2000, 5
-PRETRAIN = {"model": "modern-mini", "batch_size": 16, "learning_rate": 2e-3, "beta2": 0.95}
-FINETUNE = {"epochs": 4.0, "learning_rate": 3e-4, "dropout": 0.1}
+PRETRAIN = {"model": "modern-mini", "batch_size": 8, "learning_rate": 1.5e-3, "beta2": 0.95, "precision": "bf16"}
+FINETUNE = {"epochs": 4.0, "learning_rate": 3e-4, "dropout": 0.1, "precision": "bf16"}
 
 
 def accuracy(model: Path, train: Path, dev: Path, out: Path, **settings: float) -> float:

@@ -325,7 +325,6 @@ def load_folder(
     method = (folder.config.get("quantization_config") or {}).get("quant_method", METHOD)
     if method != METHOD and not coded:
         raise Unsupported(f"{folder.path} is already quantised ({method}); start from the dense model")
-    transformers.utils.logging.disable_progress_bar()
     chosen = {"attn_implementation": attention} if attention else {}
     try:
         with quiet():
@@ -348,13 +347,16 @@ def load_folder(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings of the block, and what transformers logs below an error."""
+    """Silence the warnings of the block, and of transformers its progress bars and what it logs below an error."""
     logger = logging.getLogger("transformers")
-    before = logger.level
+    before, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(before)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

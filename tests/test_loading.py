@@ -107,3 +107,13 @@ def test_a_fault_of_onnx_runtime_without_text_is_named_by_its_type(tmp_path: Pat
     (tmp_path / "model.onnx").write_bytes(b"graph")
     with pytest.raises(effllm.ArtifactError, match=r"cannot be loaded: OSError$"):
         OrtEngine.open(tmp_path / "model.onnx", auto_class="", threads=1)
+
+
+@pytest.mark.parametrize("method", ["magnitude:sparsity=0.5", "nf4"])
+def test_the_progress_bars_of_transformers_are_hidden_and_left_on(
+    classifier: Path, tmp_path: Path, method: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    effllm.compress(classifier, tmp_path / "small", method=effllm.parse_method(method), max_drop=1.0)
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    assert "%|" not in capfd.readouterr().err

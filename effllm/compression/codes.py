@@ -79,7 +79,8 @@ def replace_weights(job: WeightsJob, coded: Mapping[str, Mapping[str, torch.Tens
         state |= {f"{name}.{key}": value for key, value in tensors.items()}
     model.config.quantization_config = config
     folder = job.work / "coded"
-    model.save_pretrained(folder, state_dict=state)
+    with quiet():
+        model.save_pretrained(folder, state_dict=state)
     load_coded(job, folder)
 
 
@@ -98,14 +99,14 @@ def code_by_bitsandbytes(
     names = [name for name, linear in inner.items() if fits(linear)]
     ignore = [*outer_linears(job.model), *(name for name in inner if name not in names)]
     config.llm_int8_skip_modules = ignore
-    job.model.save_pretrained(job.work / "dense")
+    with quiet():
+        job.model.save_pretrained(job.work / "dense")
     load_coded(job, job.work / "dense", config)
     return {"layers": names, "float": ignore}
 
 
 def load_coded(job: WeightsJob, folder: Any, config: Any = None) -> None:
     """Make the job's model the one that transformers loads from a folder, coding it by `config` where given."""
-    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
     chosen = {} if config is None else {"quantization_config": config}
     with quiet():

@@ -27,7 +27,7 @@ from effllm.exporters.layout import write_layout
 from effllm.exporters.onnx import OPSET, export_graph
 from effllm.exporters.source import Source, load_source
 from effllm.folder import ModelFolder, open_folder
-from effllm.hf import describe_in_config
+from effllm.hf import describe_in_config, quiet
 from effllm.measure.quality import compare
 from effllm.progress import Track, silent
 from effllm.rows import Row
@@ -182,7 +182,8 @@ class _Run:
         dense = Predictor.open(self.source.folder.path, task=name, engine="torch", threads=threads, name="dense")
         source = self._change_weights()
         write_layout(source, self.staging)
-        source.model.save_pretrained(self.staging)
+        with quiet():
+            source.model.save_pretrained(self.staging)
         source.model.set_attn_implementation("sdpa")  # what a reloaded model takes, so that equal means equal
         engine = TorchEngine(source.model)
         expected = _raw_outputs(

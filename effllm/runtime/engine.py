@@ -35,7 +35,7 @@ ENGINES = {
 def open_engine(name: str, path: Path, *, auto_class: str, threads: int, spin: bool = True) -> Engine:
     """Load a model with an engine: an ONNX file for the ONNX engines, a transformers folder for torch.
 
-    `spin=False` says that others need the cores while it waits; ONNX Runtime heeds it.
+    `spin=False` says that others need the cores between its runs; ONNX Runtime heeds it.
     """
     if name not in ENGINES:
         raise unknown_name("engine", name, ENGINES)

@@ -46,7 +46,8 @@ class OrtEngine:
 def session_options(threads: int, *, spin: bool = True) -> ort.SessionOptions:
     """Return the session options that effllm uses everywhere: equal threads, no growth with the shapes seen.
 
-    Threads that wait for work spin for a while, or with `spin=False` leave their core to others at once.
+    Threads that wait for work spin for a while; with `spin=False` only within a run, and then leave their core to
+    others.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -54,5 +55,5 @@ def session_options(threads: int, *, spin: bool = True) -> ort.SessionOptions:
     options.enable_mem_pattern = False
     options.log_severity_level = 4
     if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

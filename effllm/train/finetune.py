@@ -24,6 +24,7 @@ from effllm.runtime.tokenizer import TextTokenizer
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import TASKS, Example, Head, Task
+from effllm.tasks.text_classification import MULTI_LABEL
 from effllm.train.averaging import add_average
 from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.heads import check_task, load_for_task
@@ -211,8 +212,10 @@ def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer
 
 
 def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -> Any:
-    """Load the teacher. Raises SettingError when its labels or its tokenizer are not the student's."""
+    """Load the teacher. Raises SettingError when its labels, their kind or its tokenizer are not the student's."""
     folder = open_folder(teacher)
+    if goal.task.name == "text-classification" and folder.config.get("problem_type") == MULTI_LABEL:
+        raise SettingError(f"the teacher {folder.path} gives a text any number of labels, the training data one each")
     labels = tuple(folder.labels) if goal.head.labels else ()
     if labels != goal.head.labels:
         raise SettingError(f"the teacher's labels ({', '.join(labels)}) are not those of the training data")

@@ -28,7 +28,6 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
     or Unsupported when the folder cannot be read.
     """
     register()
-    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
     auto = transformers.AutoModelForMaskedLM if objective == "mlm" else transformers.AutoModelForPreTraining
     with quiet():

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from effllm.errors import SettingError, TrainingStopped, first_line
+from effllm.hf import quiet
 from effllm.rows import Row
 from effllm.train import checkpoint as checkpoints
 from effllm.train.checkpoint import Progress
@@ -155,7 +156,8 @@ def write_model(run: Run, folder: Path, weights: dict[str, torch.Tensor]) -> Non
 
     Weights have the model's own names, whatever those in the file were that the run began with.
     """
-    run.module.model.save_pretrained(folder, state_dict=dict(weights), save_original_format=False)
+    with quiet():
+        run.module.model.save_pretrained(folder, state_dict=dict(weights), save_original_format=False)
     for name, file in run.companions.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)

@@ -219,6 +219,15 @@ def test_a_teacher_with_other_labels_is_refused(base: Path, tmp_path: Path, clas
         run(base, tmp_path / "out", "text-classification", file, teacher=classifier)
 
 
+def test_a_teacher_that_gives_several_labels_is_refused(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    run(base, tmp_path / "teacher", "text-classification", file)
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"problem_type": "multi_label_classification"}))
+    with pytest.raises(SettingError, match="any number of labels"):
+        run(base, tmp_path / "out", "text-classification", file, teacher=tmp_path / "teacher")
+
+
 def test_a_regression_is_learnt_from_float_labels(base: Path, tmp_path: Path) -> None:
     records = [{"text": r["text"], "label": 0.5 + (r["label"] == "g")} for r in classified()]
     file = write_jsonl(tmp_path / "data.jsonl", records)
