@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-import onnxruntime as ort
 
 from effllm.errors import ArtifactError, first_line
 from effllm.folder import disguise
+
+# Its binaries report to Microsoft, from the import on, unless this is set before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort
 
 ort.set_default_logger_severity(4)
 
