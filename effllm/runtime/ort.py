@@ -17,6 +17,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
+ort.disable_telemetry_events()  # where something else imported it first
 ort.set_default_logger_severity(4)
 
 
