@@ -310,7 +310,7 @@ TRAINING: dict[str, list[tuple[str, str, str, Callable[[float], str]]]] = {
             "random weights",
             _percent,
         ),
-        ("the same after ten minutes of pre-training", "accuracy", "pre-trained", _percent),
+        ("the same after 20 minutes of pre-training on one core", "accuracy", "pre-trained", _percent),
         ("gain, mean of the 5 paired differences", "gain", "pre-trained", _points),
         (
             "the pre-trained model on all 67,349 examples, one epoch, one seed",
