@@ -9,9 +9,9 @@ takes its share of the same cores, except under overload. Writes `results/servin
 other parts stay.
 
 - **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor and
-  infinity (where their environments are given), and the bare loop without a server (tokenise, sort by length, run): 32
-  clients with 16–64 and with 8–128 tokens, and one client. Servers whose turn it is not are stopped. Medians of rounds,
-  95 % intervals of medians and of ratios of medians.
+  infinity (where their environments are given), and the bare loop without a server (tokenise, sort by length, run), as
+  one on all cores and as one per core: 32 clients with 16–64 and with 8–128 tokens, and one client. Servers whose turn
+  it is not are stopped. Medians of rounds, 95 % intervals of medians and of ratios of medians.
 - **overload**: four times as many requests as it can answer, at random times, for a minute. A request is more work to
   send than to refuse, so where there are two cores or more the client has one for itself, and the server the others,
   with as many threads; its peak is measured in the same way.
@@ -60,6 +60,7 @@ from effllm.rows import Row, read_rows, write_rows
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 OURS, NAIVE, LITSERVE, INFINITY = "effllm serve", "FastAPI by hand", "LitServe", "infinity"
 LOOP, SORTED_LOOP = "loop, as many texts as clients", "loop, all texts sorted"
+APART_LOOP = "a loop per core, all texts sorted"
 CLIENTS = 32
 TEXTS = 512
 SHAPES = 10_000
@@ -190,7 +191,7 @@ def _interleaved(plan: Plan, servers: Sequence[ServerProcess], loop: RawLoop, cl
         server.stop()
 
     calls: dict[str, Callable[[], None]] = {server.name: partial(served, server) for server in servers}
-    for name, chunk in ((LOOP, clients), *(((SORTED_LOOP, TEXTS),) if clients > 1 else ())):
+    for name, chunk in ((LOOP, clients), *(((SORTED_LOOP, TEXTS), (APART_LOOP, TEXTS)) if clients > 1 else ())):
         calls[name] = partial(_loop_round, found, name, loop, texts, chunk, plan.seconds)
     names = list(calls)
     for index in range(plan.rounds):
@@ -201,7 +202,7 @@ def _interleaved(plan: Plan, servers: Sequence[ServerProcess], loop: RawLoop, cl
 
 
 def _loop_round(found: Rounds, name: str, loop: RawLoop, texts: list[str], chunk: int, seconds: float) -> None:
-    answer = loop.run(texts, chunk, seconds)
+    answer = loop.run(texts, chunk, seconds, apart=name == APART_LOOP)
     found.rates[name].append(answer["texts_per_s"])
     if chunk == 1:  # what one client waits for
         found.p50s[name].append(answer["p50_ms"])

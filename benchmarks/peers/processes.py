@@ -157,11 +157,12 @@ class RawLoop:
             self._process.kill()
             self._process.wait()
 
-    def run(self, texts: list[str], chunk: int, seconds: float) -> dict[str, Any]:
+    def run(self, texts: list[str], chunk: int, seconds: float, *, apart: bool = False) -> dict[str, Any]:
         """Embed texts for some seconds; see the script."""
         if self._process.stdin is None:
             raise RuntimeError("the loop was not started")
-        print(json.dumps({"texts": texts, "chunk": chunk, "seconds": seconds}), file=self._process.stdin, flush=True)
+        command = {"texts": texts, "chunk": chunk, "seconds": seconds, "apart": apart}
+        print(json.dumps(command), file=self._process.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self._line() or "null")
         return answer
 
