@@ -94,17 +94,31 @@ def save(
     tensors = state_tensors(loop.optimizer, loop.bare_model)
     if not loop.accelerator.is_main_process:
         return None
-    folder = run / CHECKPOINTS / f"step-{progress.step:08d}"
+    folder = _folder(run, progress.step)
     with create(folder, force=True) as staging:
         write_model(staging)
         (staging / OPTIMIZER).parent.mkdir()
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, staging / OPTIMIZER)
         write_manifest(staging, {**manifest, "progress": progress.__dict__})
-    _link(run / "last", folder)
-    if progress.best_step == progress.step:
-        _link(run / "best", folder)
+    set_links(run, progress)
     _prune(run, loop.settings.keep, progress.best_step)
     return folder
+
+
+def set_links(run: Path, progress: Progress) -> None:
+    """Point `last` and `best` to the checkpoints that `progress` names; a link whose checkpoint is missing is removed.
+
+    Raises ArtifactError where they cannot be written.
+    """
+    for name, step in (("last", progress.step), ("best", progress.best_step)):
+        folder = _folder(run, step) if step is not None else None
+        try:
+            if folder and folder.is_dir():
+                _link(run / name, folder)
+            else:
+                (run / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {run / name}: {error.strerror}") from None
 
 
 def newest(run: Path) -> tuple[Variant, Progress] | None:
@@ -133,6 +147,10 @@ def restore(loop: Loop, checkpoint: Variant, progress: Progress) -> None:
     loop.step, loop.elapsed_s = progress.step, progress.elapsed_s
 
 
+def _folder(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step:08d}"
+
+
 def _link(link: Path, folder: Path) -> None:
     partial = link.with_name(f".{link.name}.new")
     partial.unlink(missing_ok=True)
@@ -141,7 +159,7 @@ def _link(link: Path, folder: Path) -> None:
 
 
 def _prune(run: Path, keep: int, best_step: int | None) -> None:
-    best = f"step-{best_step:08d}" if best_step is not None else ""
+    best = _folder(run, best_step) if best_step is not None else None
     for folder in sorted((run / CHECKPOINTS).glob("step-*"))[:-keep]:
-        if folder.name != best:
+        if folder != best:
             shutil.rmtree(folder)

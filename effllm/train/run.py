@@ -93,11 +93,17 @@ def make_accelerator(settings: LoopSettings) -> Accelerator:
 def open_run(
     folder: Path, identity: Mapping[str, Any], accelerator: Accelerator, *, resume: bool, force: bool
 ) -> tuple[Variant, Progress] | None:
-    """Make or check the run's folder; return the checkpoint to go on from, None at the start."""
+    """Make or check the run's folder; return the checkpoint to go on from, None at the start.
+
+    A kill may have come between a checkpoint and its links, so these are set anew.
+    """
     if accelerator.is_main_process:
         checkpoints.start_run(folder, identity, resume=resume, force=force)
     accelerator.wait_for_everyone()
-    return checkpoints.newest(folder) if resume else None
+    found = checkpoints.newest(folder) if resume else None
+    if found and accelerator.is_main_process:
+        checkpoints.set_links(folder, found[1])
+    return found
 
 
 def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progress] | None) -> Iterator[StepRecord]:
