@@ -21,6 +21,14 @@ def digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256("".join(sorted({fingerprint(e) for e in examples})).encode()).hexdigest()
 
 
+def labelled_digest(examples: Sequence[Example]) -> str:
+    """Return one digest of examples as they stand, with their reference answers and in their order."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(repr(example).encode() + b"\n")
+    return found.hexdigest()
+
+
 def without(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
     """Return the examples whose texts do not occur in `others`."""
     known = {fingerprint(e) for e in others}

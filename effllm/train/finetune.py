@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from effllm.data.labels import read_labels
 from effllm.data.readers import read_examples
-from effllm.data.split import digest
+from effllm.data.split import digest, labelled_digest
 from effllm.errors import SettingError, unknown_name
 from effllm.folder import ModelFolder, open_folder, read_json, tokenizer_files
 from effllm.measure.quality import evaluate
@@ -165,8 +165,11 @@ def _run(
     identity = {
         "verb": "finetune",
         "model": weights_digest(goal.folder.path),
-        "data": digest(goal.train),
-        "teacher": str(teacher or ""),
+        "task": goal.task.name,
+        "labels": list(goal.head.labels),
+        "data": labelled_digest(goal.train),
+        "dev": labelled_digest(goal.dev),
+        "teacher": weights_digest(open_folder(teacher).path) if teacher else {},
         **settings.deciding(),
     }
     checkpoint = open_run(folder, identity, accelerator, resume=True, force=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effllm.data.split import digest, fingerprint, sample, without
+from effllm.data.split import digest, fingerprint, labelled_digest, sample, without
 from effllm.tasks import Example
 
 QUICK = settings(deadline=None, max_examples=60)
@@ -81,3 +81,10 @@ def test_the_digest_is_of_the_set(pool: list[Example], random) -> None:
 def test_the_digest_changes_with_any_text() -> None:
     pool = [Example(str(i)) for i in range(5)]
     assert len({digest(pool), digest(pool[1:]), digest([*pool, Example("5")]), digest([])}) == 4
+
+
+def test_the_labelled_digest_changes_with_order_answers_and_letter_case() -> None:
+    pool = [Example("a", gold=0), Example("b", "c", gold=1)]
+    flipped, upper = [Example("a", gold=1), pool[1]], [Example("A", gold=0), pool[1]]
+    assert len({labelled_digest(p) for p in (pool, pool[::-1], pool[:1], pool * 2, flipped, upper, [])}) == 7
+    assert labelled_digest(pool) == labelled_digest([Example("a", gold=0), Example("b", "c", gold=1)])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import make_model
 from runs import finish, settings
-from test_finetune import classified, write_jsonl
+from test_finetune import WORDS, classified, tagged, write_jsonl
 
 import effllm
-from effllm.errors import ArtifactError
+from effllm.errors import ArtifactError, SettingError
 from effllm.rows import Row
 from effllm.train import checkpoint, finetune
 from effllm.train.pretrain import pretrain
@@ -98,3 +98,45 @@ def test_a_folder_in_the_place_of_a_link_is_one_error(tokens: Path, tmp_path: Pa
     shutil.copytree(tmp_path / "run", tmp_path / "copy")  # whose links are folders
     with pytest.raises(ArtifactError, match=r"cannot write .*copy/last: Is a directory"):
         finish(tokens, tmp_path / "copy", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"train": [r | {"label": "bg"["gb".index(r["label"])]} for r in classified()]}, "with data = "),
+        ({"train": classified()[::-1]}, "with data = "),
+        ({"train": [r | {"label": "abc"[i % 3]} for i, r in enumerate(classified())]}, r"data = .* \(and dev, labels\)"),
+        ({"dev": classified()[4:]}, "with dev = "),
+        ({"columns": {"label": "second"}}, "with data = "),
+        ({"columns": {"text": "others"}}, "with data = "),
+    ],
+    ids=["labels flipped", "another order", "other labels", "other dev", "another label column", "another text column"],
+)
+def test_a_fine_tuning_does_not_go_on_with_other_data(base, tmp_path, other: dict, message: str) -> None:
+    def write(name: str, records: list[dict]) -> Path:
+        more = [{"second": "gb"[i % 3 == 0], "others": " ".join(WORDS[i : i + 4])} for i in range(len(records))]
+        return write_jsonl(tmp_path / name, [own | r for own, r in zip(more, records, strict=True)])
+
+    train, dev = write("train.jsonl", classified()), write("dev.jsonl", classified())
+    stop(tune(base, tmp_path / "out", train, dev=dev), 3)
+    write("train.jsonl", other.get("train", classified()))
+    write("dev.jsonl", other.get("dev", other.get("train", classified())))
+    with pytest.raises(SettingError, match=message):
+        list(tune(base, tmp_path / "out", train, dev=dev, resume=True, columns=other.get("columns")))
+
+
+def test_a_fine_tuning_does_not_go_on_for_another_task(base, tmp_path) -> None:
+    records = [tag | {"text": " ".join(tag["tokens"]), "label": "gb"[i % 2]} for i, tag in enumerate(tagged())]
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    stop(tune(base, tmp_path / "out", data), 3)
+    with pytest.raises(SettingError, match=r"\(and .*task\)"):
+        list(tune(base, tmp_path / "out", data, task="token-classification", resume=True))
+
+
+def test_a_fine_tuning_does_not_go_on_with_another_teacher_in_the_same_folder(base, data, tmp_path) -> None:
+    teacher = tmp_path / "teacher"
+    list(tune(base, teacher, data))
+    stop(tune(base, tmp_path / "out", data, teacher=teacher), 3)
+    list(tune(base, teacher, data, changes={"epochs": 1.0}, force=True))
+    with pytest.raises(SettingError, match="with teacher = "):
+        list(tune(base, tmp_path / "out", data, teacher=teacher, resume=True))
