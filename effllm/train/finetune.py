@@ -116,14 +116,10 @@ def _runs(
     if accelerator.is_main_process and work.exists() and not resume:
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
-    for seed in range(settings.seed, settings.seed + seeds):
-        run = work / f"seed-{seed}"
-        if (run / RESULT).is_file():
-            continue
+    runs = {seed: work / f"seed-{seed}" for seed in range(settings.seed, settings.seed + seeds)}
+    for seed, run in runs.items():
         for record in _run(goal, run, dataclasses.replace(settings, seed=seed), accelerator, teacher):
             yield FinetuneStep(seed, record)
-        if accelerator.is_main_process:
-            write_result(run)
     if accelerator.is_main_process:
         step = {"verb": "finetune", "settings": to_json(settings), "seeds": seeds, "teacher": str(teacher or "")}
         content = {
@@ -135,7 +131,8 @@ def _runs(
             "train": {"examples": len(goal.train), "sha256": digest(goal.train)},
             "dev": {"data": goal.dev_name, "examples": len(goal.dev), "sha256": digest(goal.dev)},
         }
-        publish(target, work, content, force=force)
+        publish(target, list(runs.values()), content, force=force)
+        shutil.rmtree(work)
     accelerator.wait_for_everyone()
 
 
@@ -158,7 +155,7 @@ def _supervision(
 def _run(
     goal: Supervision, folder: Path, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
 ) -> Iterator[StepRecord]:
-    """Make one run of one seed."""
+    """Make one run of one seed, or what a resumed one lacks: nothing where it has its result."""
     tokenizer = _tokenizer(goal.folder, settings)
     items = make_items(goal.train, goal.task, tokenizer, goal.head)
     settings = _with_steps(settings, len(items))
@@ -173,6 +170,8 @@ def _run(
         **settings.deciding(),
     }
     checkpoint = open_run(folder, identity, accelerator, resume=True, force=False)
+    if (folder / RESULT).is_file():
+        return
     start = ModelFolder(checkpoint[0].path, goal.folder.config) if checkpoint else goal.folder
     labels = goal.head.labels
     model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
@@ -192,6 +191,8 @@ def _run(
     yield from train(run, accelerator, checkpoint)
     if settings.average:
         add_average(run, settings.average, accelerator)
+    if accelerator.is_main_process:
+        write_result(folder)
 
 
 def _with_steps(settings: FinetuneSettings, items: int) -> FinetuneSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,12 @@ def write_result(run: Path) -> None:
     (run / RESULT).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
-def publish(target: Path, work: Path, content: Mapping[str, Any], *, force: bool) -> None:
-    """Write the best run's model to `target` with its log and the rows of all runs, and remove the runs.
+def publish(target: Path, runs: Sequence[Path], content: Mapping[str, Any], *, force: bool) -> None:
+    """Write the best run's model to `target` with its log and the rows of all runs, which have their results.
 
     `content` is the manifest's, without rows. The best run has the largest dev metric; the first one without any.
     """
-    runs = sorted(work.glob(f"*/{RESULT}"), key=lambda file: int(file.parent.name.removeprefix("seed-")))
-    results = [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in runs]
+    results = [(run, json.loads((run / RESULT).read_text(encoding="utf-8"))) for run in runs]
     run, result = max(results, key=lambda pair: pair[1]["score"] if pair[1]["score"] is not None else 0.0)
     with create(target, force=force) as staging:
         _copy_model(run / CHECKPOINTS / result["checkpoint"], staging)
@@ -54,7 +53,6 @@ def publish(target: Path, work: Path, content: Mapping[str, Any], *, force: bool
             notes.append(f"the mean of the weights of {', '.join(result['averaged'])}, better than each on dev")
         rows_json = [row.to_json() for row in rows]
         write_manifest(staging, {**content, "rows": rows_json, "notes": notes})
-    shutil.rmtree(work)
 
 
 def _copy_model(checkpoint: Path, target: Path) -> None:

@@ -140,3 +140,32 @@ def test_a_fine_tuning_does_not_go_on_with_another_teacher_in_the_same_folder(ba
     list(tune(base, teacher, data, changes={"epochs": 1.0}, force=True))
     with pytest.raises(SettingError, match="with teacher = "):
         list(tune(base, tmp_path / "out", data, teacher=teacher, resume=True))
+
+
+def fail_to_publish(steps: Iterator) -> None:
+    """Make all runs of a fine-tuning, and let the disk be full when the best model is written."""
+
+    def full(*arguments, **more) -> None:
+        raise ArtifactError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "publish", full)
+        with pytest.raises(ArtifactError, match="No space left"):
+            list(steps)
+
+
+def test_a_finished_run_is_not_published_under_other_settings(base, data, tmp_path) -> None:
+    fail_to_publish(tune(base, tmp_path / "out", data))
+    with pytest.raises(SettingError, match=r"learning_rate = 0\.003, now it is 1\.0"):
+        list(tune(base, tmp_path / "out", data, changes={"learning_rate": 1.0}, resume=True))
+    assert list(tune(base, tmp_path / "out", data, resume=True)) == []
+    (step,) = effllm.Variant.open(tmp_path / "out").manifest["steps"]
+    assert step["settings"]["learning_rate"] == 3e-3
+
+
+def test_only_the_seeds_that_were_asked_for_are_published(base, data, tmp_path) -> None:
+    fail_to_publish(tune(base, tmp_path / "out", data, dev=data, seeds=2))
+    list(tune(base, tmp_path / "out", data, dev=data, changes={"seed": 7}, resume=True))
+    variant = effllm.Variant.open(tmp_path / "out")
+    assert variant.manifest["notes"] == []
+    assert {row.system for row in variant.rows} == {"model"}
