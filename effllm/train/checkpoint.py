@@ -34,13 +34,17 @@ RUN = "run.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stood at a checkpoint. `score`, larger is better, is what `best` goes by; None without evaluation."""
+    """Where a run stood at a checkpoint. `score`, larger is better, is what `best` goes by; None without evaluation.
+
+    `worse` counts the evaluations since the best one.
+    """
 
     step: int
     elapsed_s: float
     score: float | None
     best_step: int | None
     best_score: float | None
+    worse: int = 0
 
 
 def start_run(run: Path, identity: Mapping[str, Any], *, resume: bool, force: bool) -> None:

@@ -122,12 +122,12 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
     keeper = _Keeper(run, loop)
     if checkpoint:
         checkpoints.restore(loop, *checkpoint)
-        keeper.progress = checkpoint[1]
+        keeper.progress, keeper.worse = checkpoint[1], checkpoint[1].worse
     runlog = None
     if accelerator.is_main_process:
         runlog = RunLog(run.folder, run.module, resumed_at=loop.step, precision=s.precision)
     try:
-        for record in loop.run():
+        for record in loop.run() if not keeper.out_of_patience else ():
             if runlog and (record.step % s.log_every == 0 or record.progress >= 1):
                 runlog.write(record)
             stop = keeper.after(record, runlog)
@@ -194,10 +194,15 @@ class _Keeper:
                     runlog.evaluated(record.step, evaluation.rows)
                 better = self.progress.best_score is None or evaluation.score > self.progress.best_score
                 self.worse = 0 if better else self.worse + 1
-        stop = bool(self.run.patience) and self.worse >= self.run.patience
+        stop = self.out_of_patience
         if self.run.checkpoints and (saves or better or stop):
             self._save(record, evaluation, better)
         return stop
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether too many evaluations found no better score."""
+        return bool(self.run.patience) and self.worse >= self.run.patience
 
     def last_good(self) -> str:
         """Return the sentence that names the checkpoint to fall back on."""
@@ -224,6 +229,7 @@ class _Keeper:
             score=score,
             best_step=record.step if better else before.best_step,
             best_score=score if better else before.best_score,
+            worse=self.worse,
         )
         rows = evaluation.rows if evaluation else []
         manifest = {**self.run.manifest, "rows": [row.to_json() for row in rows], "notes": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from effllm.train import checkpoint, finetune
 from effllm.train.pretrain import pretrain
 from effllm.train.run import Evaluation
 from effllm.train.settings import FinetuneSettings
-from effllm.variant import read_manifest
+from effllm.variant import MANIFEST, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +170,31 @@ def test_only_the_seeds_that_were_asked_for_are_published(base, data, tmp_path) 
     variant = effllm.Variant.open(tmp_path / "out")
     assert variant.manifest["notes"] == []
     assert {row.system for row in variant.rows} == {"model"}
+
+
+PATIENT = {"epochs": 4.0, "eval_every": 1, "patience": 4, "save_every": 3}
+
+
+def test_patience_counts_on_when_a_run_goes_on(base, data, tmp_path, monkeypatch) -> None:
+    score(monkeypatch, {1: 0.5}, otherwise=0.4)
+    stop(tune(base, tmp_path / "out", data, dev=data, changes=PATIENT), 4)
+    steps = list(tune(base, tmp_path / "out", data, dev=data, changes=PATIENT, resume=True))
+    assert [step.record.step for step in steps] == [4, 5]
+
+
+def test_a_run_that_patience_ended_takes_no_further_step(base, data, tmp_path, monkeypatch) -> None:
+    score(monkeypatch, {1: 0.5}, otherwise=0.4)
+    stopped = tune(base, tmp_path / "out", data, dev=data, changes=PATIENT)
+    stop(stopped, 5)
+    assert read_manifest(tmp_path / ".out.run" / "seed-0" / "last")["progress"]["step"] == 5
+    assert list(tune(base, tmp_path / "out", data, dev=data, changes=PATIENT, resume=True)) == []
+    assert [row.value for row in effllm.Variant.open(tmp_path / "out").rows] == [0.5]
+
+
+def test_a_checkpoint_from_before_patience_was_saved_is_gone_on_from(tokens: Path, tmp_path: Path) -> None:
+    stop(pretrain(tokens, tmp_path / "run", settings()), 4)
+    file = tmp_path / "run" / "last" / MANIFEST
+    manifest = json.loads(file.read_text())
+    del manifest["progress"]["worse"]
+    file.write_text(json.dumps(manifest))
+    assert finish(tokens, tmp_path / "run", resume=True)[0].step == 4
