@@ -2,7 +2,8 @@
 
     RUN/run.json                     the settings and data that decide the run's numbers
     RUN/log.jsonl                    one line per logged step
-    RUN/checkpoints/step-00000500/   config, weights, tokenizer, effllm.json, training/optimizer.safetensors
+    RUN/checkpoints/step-00000500/   config, weights, tokenizer, effllm.json, training/optimizer.safetensors, and
+                                     training/losses.safetensors where the losses have weights of their own
     RUN/last  RUN/best               links to the newest and to the best checkpoint
 
 A checkpoint is a variant: written whole or not at all, every file with its SHA-256. The newest whole one is resumed.
@@ -19,16 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from effllm.errors import ArtifactError, SettingError
 from effllm.train.loop import Loop
 from effllm.train.optimizers import load_state_tensors, state_tensors
+from effllm.train.sharding import load_whole, whole_weights
 from effllm.variant import Variant, create, write_manifest
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 OPTIMIZER = Path("training") / "optimizer.safetensors"
+LOSSES = Path("training") / "losses.safetensors"
 RUN = "run.json"
 
 
@@ -95,14 +99,16 @@ def save(
     `write_model(folder)` writes config, weights and tokenizer. Every process must call this, as the optimiser's state
     may be spread over them. Raises ArtifactError when the disk is full; the checkpoints before survive.
     """
-    tensors = state_tensors(loop.optimizer, loop.bare_model)
+    tensors = {OPTIMIZER: state_tensors(loop.optimizer, loop.bare_model), LOSSES: _losses_weights(loop.bare_model)}
     if not loop.accelerator.is_main_process:
         return None
     folder = _folder(run, progress.step)
     with create(folder, force=True) as staging:
         write_model(staging)
         (staging / OPTIMIZER).parent.mkdir()
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, staging / OPTIMIZER)
+        for file, named in tensors.items():
+            if named or file == OPTIMIZER:
+                save_file({name: tensor.contiguous().cpu() for name, tensor in named.items()}, staging / file)
         write_manifest(staging, {**manifest, "progress": progress.__dict__})
     set_links(run, progress)
     _prune(run, loop.settings.keep, progress.best_step)
@@ -146,9 +152,20 @@ def newest(run: Path) -> tuple[Variant, Progress] | None:
 
 
 def restore(loop: Loop, checkpoint: Variant, progress: Progress) -> None:
-    """Put the optimiser's state and the loop's place back; the model was loaded from the checkpoint's folder."""
+    """Put back the losses' own weights, the optimiser's state and the loop's place.
+
+    The model was loaded from the checkpoint's folder.
+    """
+    if (checkpoint.path / LOSSES).is_file():
+        load_whole(loop.bare_model, load_file(checkpoint.path / LOSSES))
     load_state_tensors(loop.optimizer, loop.bare_model, load_file(checkpoint.path / OPTIMIZER))
     loop.step, loop.elapsed_s = progress.step, progress.elapsed_s
+
+
+def _losses_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return by their names what is trained beside the module's `model`; every process must call this."""
+    children = ((name, child) for name, child in module.named_children() if name != "model")
+    return {f"{name}.{key}": tensor for name, child in children for key, tensor in whole_weights(child).items()}
 
 
 def _folder(run: Path, step: int) -> Path:

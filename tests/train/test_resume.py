@@ -7,9 +7,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import transformers
 from conftest import make_model
 from runs import finish, settings
+from safetensors.numpy import load_file
 from test_finetune import WORDS, classified, tagged, write_jsonl
 
 import effllm
@@ -198,3 +201,17 @@ def test_a_checkpoint_from_before_patience_was_saved_is_gone_on_from(tokens: Pat
     del manifest["progress"]["worse"]
     file.write_text(json.dumps(manifest))
     assert finish(tokens, tmp_path / "run", resume=True)[0].step == 4
+
+
+def test_the_matrix_between_two_widths_goes_on_bit_for_bit(base, data, tmp_path) -> None:
+    teacher = shutil.copytree(base, tmp_path / "teacher")
+    labels = {"id2label": {0: "b", 1: "g"}, "label2id": {"b": 0, "g": 1}}
+    config = transformers.AutoConfig.from_pretrained(base, hidden_size=48, num_attention_heads=3, **labels)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(teacher)
+    more = {"teacher": teacher, "changes": {"distil_hidden": 1.0}}
+    list(tune(base, tmp_path / "whole", data, **more))
+    stop(tune(base, tmp_path / "out", data, **more), 3)
+    list(tune(base, tmp_path / "out", data, **more, resume=True))
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+    assert not (tmp_path / "out" / "training" / "losses.safetensors").exists()
