@@ -11,10 +11,12 @@ A checkpoint is a variant: written whole or not at all, every file with its SHA-
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ CHECKPOINTS = "checkpoints"
 OPTIMIZER = Path("training") / "optimizer.safetensors"
 LOSSES = Path("training") / "losses.safetensors"
 RUN = "run.json"
+PARTIAL = ".part"
 
 
 @dataclass(frozen=True)
@@ -58,21 +61,48 @@ def start_run(run: Path, identity: Mapping[str, Any], *, resume: bool, force: bo
     `resume`, is not a run, or was started with another identity; the message names what differs.
     """
     file = run / RUN
+    begun = not _is_new(run)
     if resume and file.is_file():
         _check_identity(file, identity)
         return
-    if resume and run.exists():
+    if resume and begun:
         raise SettingError(f"{run} is not a training run (it has no {RUN}); start one without --resume")
-    if run.exists() and any(run.iterdir()):
-        if not force or not file.is_file():
-            hint = "pass --resume to go on or --force to start anew" if file.is_file() else "choose another --out"
-            raise SettingError(f"{run} exists; {hint}")
-        shutil.rmtree(run)
+    if begun and not (force and file.is_file()):
+        hint = "pass --resume to go on or --force to start anew" if file.is_file() else "choose another --out"
+        raise SettingError(f"{run} exists; {hint}")
+    with writing(run):
+        if begun:
+            shutil.rmtree(run)
+        (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    write_json(file, identity)
+
+
+def _is_new(run: Path) -> bool:
+    """Return whether a folder is missing or empty, or a run's that ended before its `run.json` was written."""
+    if not run.is_dir():
+        return not run.exists()
+    names = {path.name for path in run.iterdir()}
+    return names <= {CHECKPOINTS, f"{RUN}{PARTIAL}"} and not any((run / CHECKPOINTS).glob("*"))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make an OSError of the block an ArtifactError that names what could not be written."""
     try:
-        (run / CHECKPOINTS).mkdir(parents=True)
-        file.write_text(json.dumps(identity, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        yield
     except OSError as error:
-        raise ArtifactError(f"cannot write {run}: {error.strerror}") from None
+        raise ArtifactError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all. Raises ArtifactError when it cannot be written."""
+    partial = file.with_name(f"{file.name}{PARTIAL}")
+    with writing(file):
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
 
 
 def _check_identity(file: Path, identity: Mapping[str, Any]) -> None:
@@ -122,13 +152,11 @@ def set_links(run: Path, progress: Progress) -> None:
     """
     for name, step in (("last", progress.step), ("best", progress.best_step)):
         folder = _folder(run, step) if step is not None else None
-        try:
+        with writing(run / name):
             if folder and folder.is_dir():
                 _link(run / name, folder)
             else:
                 (run / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {run / name}: {error.strerror}") from None
 
 
 def newest(run: Path) -> tuple[Variant, Progress] | None:

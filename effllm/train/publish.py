@@ -12,7 +12,7 @@ from typing import Any
 from effllm import machine
 from effllm.rows import Row
 from effllm.train.averaging import AVERAGE
-from effllm.train.checkpoint import CHECKPOINTS
+from effllm.train.checkpoint import CHECKPOINTS, write_json
 from effllm.train.runlog import LOG
 from effllm.variant import MANIFEST, Variant, create, write_manifest
 
@@ -31,7 +31,7 @@ def write_result(run: Path) -> None:
         "score": progress["score"],
         "averaged": progress.get("averaged", []),
     }
-    (run / RESULT).write_text(json.dumps(result) + "\n", encoding="utf-8")
+    write_json(run / RESULT, result)
 
 
 def publish(target: Path, runs: Sequence[Path], content: Mapping[str, Any], *, force: bool) -> None:

@@ -215,3 +215,54 @@ def test_the_matrix_between_two_widths_goes_on_bit_for_bit(base, data, tmp_path)
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
     assert not (tmp_path / "out" / "training" / "losses.safetensors").exists()
+
+
+def fill_disk_at(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the disk be full when a file whose name begins so is written: it is made, but takes no byte."""
+    before = Path.open
+
+    def full(self: Path, mode: str = "r", *arguments, **more):
+        stream = before(self, mode, *arguments, **more)
+        if self.name.startswith(name) and mode == "w":
+            stream.close()
+            return before(Path("/dev/full"), mode, *arguments, **more)
+        return stream
+
+    patch.setattr(Path, "open", full)
+
+
+def test_a_disk_that_is_full_at_the_result_costs_no_run(base, data, tmp_path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fill_disk_at(patch, "result.json")
+        with pytest.raises(ArtifactError, match=r"cannot write .*result\.json: No space left"):
+            list(tune(base, tmp_path / "out", data))
+    assert list(tune(base, tmp_path / "out", data, resume=True)) == []
+    assert effllm.Variant.open(tmp_path / "out").task == "text-classification"
+
+
+ONCE_MORE = pytest.mark.parametrize("how", [{}, {"resume": True}, {"force": True}], ids=["anew", "resume", "force"])
+
+
+@ONCE_MORE
+def test_a_disk_that_is_full_at_the_start_leaves_a_folder_to_start_in(tokens: Path, tmp_path: Path, how: dict) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fill_disk_at(patch, "run.json")
+        with pytest.raises(ArtifactError, match=r"cannot write .*run.*: No space left"):
+            pretrain(tokens, tmp_path / "run", settings(steps=1))
+    assert len(list(pretrain(tokens, tmp_path / "run", settings(steps=1), **how))) == 1
+
+
+@ONCE_MORE
+def test_a_run_killed_before_its_settings_were_written_starts_in_the_same_folder(
+    tokens: Path, tmp_path: Path, how: dict
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert len(list(pretrain(tokens, tmp_path / "run", settings(steps=1), **how))) == 1
+
+
+def test_a_folder_with_something_else_in_it_is_no_run(tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "mine").mkdir(parents=True)
+    with pytest.raises(SettingError, match="is not a training run"):
+        pretrain(tokens, tmp_path / "run", settings(steps=1), resume=True)
+    with pytest.raises(SettingError, match="choose another --out"):
+        pretrain(tokens, tmp_path / "run", settings(steps=1), force=True)
