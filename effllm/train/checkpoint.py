@@ -127,12 +127,15 @@ def save(
     """Write the checkpoint of the loop's step and move `last` and `best`; returns its folder on the main process.
 
     `write_model(folder)` writes config, weights and tokenizer. Every process must call this, as the optimiser's state
-    may be spread over them. Raises ArtifactError when the disk is full; the checkpoints before survive.
+    may be spread over them. Raises ArtifactError when the disk is full; the checkpoints before survive. Those of this
+    step and later ones, which `newest` left out as damaged, are removed.
     """
     tensors = {OPTIMIZER: state_tensors(loop.optimizer, loop.bare_model), LOSSES: _losses_weights(loop.bare_model)}
     if not loop.accelerator.is_main_process:
         return None
     folder = _folder(run, progress.step)
+    with writing(run / CHECKPOINTS):
+        _remove_from(run, folder)
     with create(folder, force=True) as staging:
         write_model(staging)
         (staging / OPTIMIZER).parent.mkdir()
@@ -141,7 +144,8 @@ def save(
                 save_file({name: tensor.contiguous().cpu() for name, tensor in named.items()}, staging / file)
         write_manifest(staging, {**manifest, "progress": progress.__dict__})
     set_links(run, progress)
-    _prune(run, loop.settings.keep, progress.best_step)
+    with writing(run / CHECKPOINTS):
+        _prune(run, loop.settings.keep, progress.best_step)
     return folder
 
 
@@ -205,6 +209,12 @@ def _link(link: Path, folder: Path) -> None:
     partial.unlink(missing_ok=True)
     partial.symlink_to(folder.relative_to(link.parent), target_is_directory=True)
     partial.replace(link)
+
+
+def _remove_from(run: Path, first: Path) -> None:
+    for folder in (run / CHECKPOINTS).glob("step-*"):
+        if folder.name >= first.name:
+            shutil.rmtree(folder)
 
 
 def _prune(run: Path, keep: int, best_step: int | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 from conftest import make_model
-from runs import finish, settings
+from runs import assert_same_run, finish, settings
 from safetensors.numpy import load_file
 from test_finetune import WORDS, classified, tagged, write_jsonl
 
@@ -266,3 +266,20 @@ def test_a_folder_with_something_else_in_it_is_no_run(tokens: Path, tmp_path: Pa
         pretrain(tokens, tmp_path / "run", settings(steps=1), resume=True)
     with pytest.raises(SettingError, match="choose another --out"):
         pretrain(tokens, tmp_path / "run", settings(steps=1), force=True)
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_written_again(tokens: Path, tmp_path: Path) -> None:
+    finish(tokens, tmp_path / "whole")
+    stop(pretrain(tokens, tmp_path / "run", settings()), 7)
+    (tmp_path / "run" / "checkpoints" / "step-00000006" / MANIFEST).unlink()
+    finish(tokens, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_damaged_checkpoints_make_room_for_the_steps_that_come_again(tokens: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    stop(pretrain(tokens, tmp_path / "run", settings(steps=9, keep=3)), 9)
+    for name in ("step-00000006", "step-00000009"):
+        (folder / name / MANIFEST).unlink()
+    stop(pretrain(tokens, tmp_path / "run", settings(steps=9, keep=3), resume=True), 4)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000006"]
