@@ -340,7 +340,7 @@ def load_folder(
             )
     except ImportError as error:
         raise Unsupported(f"{folder.path} needs a package that is not installed: {first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {first_line(error)}") from error
     return model, info
 

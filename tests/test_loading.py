@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import effllm
+from effllm.errors import ArtifactError
 from effllm.exporters.source import load_source
 from effllm.folder import open_folder
 from effllm.hf import load
@@ -117,3 +118,11 @@ def test_the_progress_bars_of_transformers_are_hidden_and_left_on(
     effllm.compress(classifier, tmp_path / "small", method=effllm.parse_method(method), max_drop=1.0)
     assert transformers.utils.logging.is_progress_bar_enabled()
     assert "%|" not in capfd.readouterr().err
+
+
+def test_a_quantization_config_that_says_nothing_is_an_error(classifier: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "effllm"}}))
+    with pytest.raises(ArtifactError, match="cannot be loaded by transformers"):
+        effllm.load(folder)

@@ -41,7 +41,7 @@ class Endpoint:
         if self.api == "oip":
             data = {"name": self.oip_input, "shape": [len(texts)], "datatype": "BYTES", "data": texts}
             return {"inputs": [data]}
-        return {"inputs": texts}
+        return {"inputs": texts, **({"model": self.model} if self.model else {})}
 
 
 async def find_endpoint(

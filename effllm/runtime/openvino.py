@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,10 +14,14 @@ from effllm.folder import disguise
 
 
 class OpenVinoEngine:
-    """An ONNX file compiled by OpenVINO. On processors with BF16 it computes in BF16, as OpenVINO does by default."""
+    """An ONNX file compiled by OpenVINO. On processors with BF16 it computes in BF16, as OpenVINO does by default.
+
+    An infer request holds one batch's inputs and outputs, so each thread has its own.
+    """
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
+        self._own = threading.local()
         self.inputs = tuple(i.get_any_name() for i in compiled.inputs)
 
     @classmethod
@@ -36,5 +41,7 @@ class OpenVinoEngine:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one padded batch."""
-        results = self._compiled({name: feeds[name] for name in self.inputs})
+        if not hasattr(self._own, "request"):
+            self._own.request = self._compiled.create_infer_request()
+        results = self._own.request.infer({name: feeds[name] for name in self.inputs})
         return {output.get_any_name(): np.array(results[output]) for output in self._compiled.outputs}

@@ -119,17 +119,19 @@ class TextTokenizer:
     def encode_windows(self, question: str, passage: str, length: int, stride: int) -> list[Encoding]:
         """Encode a question with each window of `length` tokens of a passage; windows overlap by `stride` tokens.
 
-        A question that takes more than half of a window is cut to half of it.
+        A question that takes more than half of a window is cut to half of it; the first window tells by how many
+        tokens.
         """
         self._backend.no_truncation()
         ids = self._backend.encode(question, add_special_tokens=False)
-        if len(ids.ids) > length // 2:
+        lost = max(0, len(ids.ids) - length // 2)
+        if lost:
             question = question[: ids.offsets[length // 2 - 1][1]]
         used = len(self._backend.encode(question, "").ids)
         stride = max(0, min(stride, (length - used) // 2))
         self._backend.enable_truncation(length, stride=stride, strategy="only_second")
         first = self._raw(question, passage)
-        return [self._encoding(window) for window in (first, *first.overflowing)]
+        return [self._encoding(first, lost), *map(self._encoding, first.overflowing)]
 
     def encode_all(self, text: str, length: int) -> list[Encoding]:
         """Encode a text as windows of at most `length` tokens, at least 2, each from the last token of the one before.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from effllm.serving.refusals import BadInput
 from effllm.tasks import Example
 from effllm.tasks.fill_mask import MASK
 from effllm.tasks.token_classification import entities
@@ -63,10 +64,15 @@ def masked_text(text: str) -> str:
 
 
 def fillings(value: Mapping[str, Any], text: str) -> list[Any]:
-    """Return `{"score", "token", "token_str", "sequence"}` for the best words; a list of those per mask if several."""
+    """Return `{"score", "token", "token_str", "sequence"}` for the best words; a list of those per mask if several.
+
+    Raises BadInput where a mask was cut off with the end of its text.
+    """
     places = [match.span() for match in MASKS.finditer(text)]
+    if len(value["masks"]) < len(places):
+        raise BadInput("a [MASK] stands beyond the tokens that the model takes")
     masks = []
-    for (start, end), mask in zip(places, value["masks"], strict=False):
+    for (start, end), mask in zip(places, value["masks"], strict=True):
         masks.append(
             [
                 {

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
+from effllm.folder import open_folder
+from effllm.hf import load_folder
+from effllm.tasks import TASKS
 from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.run import Run, write_model
 from effllm.train.sharding import load_whole
@@ -21,7 +23,6 @@ from effllm.variant import Variant, create, write_manifest
 
 AVERAGE = "average"
 """The folder of the mean beside those of the steps."""
-WEIGHTS = "model.safetensors"
 
 
 def add_average(run: Run, count: int, accelerator: Accelerator) -> Path | None:
@@ -35,7 +36,7 @@ def add_average(run: Run, count: int, accelerator: Accelerator) -> Path | None:
     if len(folders) < 2:
         return None
     best = Variant.open((run.folder / "best").resolve()).manifest["progress"]["score"]
-    weights = mean_weights(folders)
+    weights = mean_weights(folders, TASKS[run.manifest["task"]].auto_class)
     load_whole(run.module.model, weights)
     run.module.eval()
     found = run.evaluate(run.module, accelerator.device)
@@ -52,11 +53,11 @@ def add_average(run: Run, count: int, accelerator: Accelerator) -> Path | None:
     return target
 
 
-def mean_weights(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Return the mean of the weights of model folders, name by name, in the dtypes of the first; summed in float64."""
-    first = load_file(folders[0] / WEIGHTS)
-    sums = {name: tensor.double() for name, tensor in first.items()}
-    for folder in folders[1:]:
-        for name, tensor in load_file(folder / WEIGHTS).items():
-            sums[name] += tensor
-    return {name: (total / len(folders)).to(first[name].dtype) for name, total in sums.items()}
+def mean_weights(folders: Sequence[Path], auto_class: str) -> dict[str, torch.Tensor]:
+    """Return the mean of the weights of models, name by name in their state dicts, in float32; summed in float64."""
+    sums: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        model, _ = load_folder(open_folder(folder), auto_class)
+        for name, tensor in model.state_dict().items():
+            sums[name] = sums[name] + tensor if name in sums else tensor.double()
+    return {name: (total / len(folders)).float() for name, total in sums.items()}

@@ -148,7 +148,7 @@ class Loop:
         return min(1.0, float(share))
 
     def _set_learning_rate(self) -> float:
-        """Set the rate of the step to come: the schedule's at the middle of the step, so that none is taken at 0."""
+        """Set the rate of the step to come: the schedule's at its middle, or under a time budget at its beginning."""
         s = self.settings
         progress = self._progress() if s.seconds else (self.step + 0.5) / s.steps
         rate = s.learning_rate * learning_rate_factor(s.schedule, progress, s.warmup, s.decay)

@@ -13,6 +13,7 @@ from effllm.errors import ArtifactError, SettingError, first_line, unknown_name
 from effllm.folder import find, open_folder
 from effllm.hf import quiet
 from effllm.train.attention import NAME, register
+from effllm.train.objectives import check_objective, position_offset
 
 SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
 """Size -> (layers, width), after Turc et al. 2019, table 1; heads of 64."""
@@ -32,9 +33,11 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
     auto = transformers.AutoModelForMaskedLM if objective == "mlm" else transformers.AutoModelForPreTraining
     with quiet():
         if name in PRESETS:
-            model = auto.from_config(preset_config(name, vocabulary, max_length), attn_implementation=NAME)
+            config = preset_config(name, vocabulary, max_length)
+            check_objective(objective, config.model_type)
+            model = auto.from_config(config, attn_implementation=NAME)
         else:
-            model = _from_folder(name, auto)
+            model = _from_folder(name, auto, objective)
     _check_fit(name, model, vocabulary, max_length)
     return model
 
@@ -67,13 +70,14 @@ def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transfo
     )
 
 
-def _from_folder(name: str, auto: Any) -> Any:
+def _from_folder(name: str, auto: Any, objective: str) -> Any:
     path = Path(name)
     if path.is_file():
         path = path.parent
     elif not path.exists() and "/" not in name:
         raise unknown_name("model", name, PRESETS)
     folder = open_folder(find(path), weights=False)
+    check_objective(objective, str(folder.config.get("model_type", "")))
     try:
         if folder.has_weights:
             open_folder(folder.path)
@@ -100,5 +104,5 @@ def _check_fit(name: str, model: Any, vocabulary: Vocabulary, max_length: int) -
             "prepare the data with the model's tokenizer or set vocab_size"
         )
     places = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(places, int) and places < max_length:
-        raise SettingError(f"model {name} takes {places} tokens, --max-length is {max_length}")
+    if isinstance(places, int) and places - position_offset(model) < max_length:
+        raise SettingError(f"model {name} takes {places - position_offset(model)} tokens, --max-length is {max_length}")

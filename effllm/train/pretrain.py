@@ -102,6 +102,9 @@ def pretrain(
     vocabulary = Vocabulary.read(folder / "tokenizer")
     source = PretrainSource(folder, settings)
     source.open()
+    for beginning in (trunk.checkpoint.path if trunk else None, Path(settings.model)):
+        if beginning and beginning.exists() and beginning.resolve().is_relative_to(target.resolve()):
+            raise SettingError(f"the run starts from {beginning}, which lies in --out {target}; choose another --out")
     accelerator = make_accelerator(settings)
     identity = {"verb": "pretrain", "data": store.fingerprint, **settings.deciding()}
     start = None

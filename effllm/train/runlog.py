@@ -74,7 +74,10 @@ class RunLog:
 
     def close(self) -> None:
         """Write the page for the last time and close the files."""
-        self._stream.close()
+        try:
+            self._stream.close()
+        except OSError as error:  # what could not be written before is tried once more
+            raise ArtifactError(f"cannot write {self._file}: {error.strerror}") from None
         write_page(self._file.parent, live=False)
         if self._board:
             self._board.close()

@@ -10,8 +10,8 @@ from effllm.settings import to_json
 from effllm.train.schedules import check_schedule
 
 FREE = frozenset({"accumulate", "pass_tokens", "log_every", "save_every", "keep", "workers", "eval_limit", "average"})
-"""Settings that do not decide a run's numbers, `accumulate` and `pass_tokens` up to rounding; a resumed run may change
-them."""
+"""Settings that do not decide a run's numbers, `accumulate` and `pass_tokens` up to rounding and to what dropout drops;
+a resumed run may change them."""
 
 
 TEACHING = ("distil_logits", "distil_hidden", "distil_attention", "label_weight")
@@ -24,7 +24,10 @@ class LoopSettings:
     steps: int = field(default=0, metadata={"help": "optimiser steps to take; 0 = until --seconds"})
     seconds: float = field(default=0.0, metadata={"help": "wall-clock budget; the schedule follows it; 0 = --steps"})
     batch_size: int = field(default=256, metadata={"help": "sequences in one optimiser step, over all processes"})
-    accumulate: int = field(default=1, metadata={"help": "micro-batches per process and step; does not change results"})
+    accumulate: int = field(
+        default=1,
+        metadata={"help": "micro-batches per process and step; changes results by rounding, and what dropout drops"},
+    )
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     schedule: Literal["linear", "cosine", "wsd", "constant"] = field(
         default="linear", metadata={"help": "how the learning rate falls after the warm-up"}
@@ -52,6 +55,13 @@ class LoopSettings:
         for name, least in {**at_least, "seconds": 0, "workers": 0, "clip": 0, "weight_decay": 0}.items():
             if getattr(self, name) < least:
                 raise SettingError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+        if self.steps and self.seconds:
+            raise SettingError("give --steps or --seconds, not both")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not self.epsilon > 0:
+            raise SettingError(f"--epsilon must be positive, got {self.epsilon}")
         check_schedule(self.schedule, self.warmup, self.decay)
         if not self.learning_rate > 0:
             raise SettingError(f"--learning-rate must be positive, got {self.learning_rate}")
@@ -85,8 +95,8 @@ class PretrainSettings(LoopSettings):
         super().__post_init__()
         if not self.steps and not self.seconds:
             raise SettingError("give --steps or --seconds: how long to train")
-        if self.steps and self.seconds:
-            raise SettingError("give --steps or --seconds, not both")
+        if self.eval_limit < 0:
+            raise SettingError(f"--eval-limit must be at least 0, got {self.eval_limit}")
         for name in ("mask_rate", "mask_rate_end"):
             rate = getattr(self, name)
             if not 0 < rate < 1 and not (name == "mask_rate_end" and rate == 0):
@@ -107,7 +117,8 @@ class FinetuneSettings(LoopSettings):
     beta2: float = field(default=0.999, metadata={"help": "decay of the mean squared gradient"})
     epsilon: float = field(default=1e-8, metadata={"help": "added to the root of the mean squared gradient"})
     pass_tokens: int = field(
-        default=1024, metadata={"help": "padded tokens in memory at a time; does not change results"}
+        default=1024,
+        metadata={"help": "padded tokens in memory at a time; changes results by rounding, and what dropout drops"},
     )
     max_length: int = field(
         default=0, metadata={"help": "most tokens of an input; 0 = what the model takes, up to 512"}

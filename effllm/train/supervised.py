@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,8 @@ def cut_passes(lengths: Sequence[int], budget: int, world: int) -> list[list[int
     """Cut ascending lengths into runs of at most `budget` padded tokens, their number a multiple of `world`.
 
     Of all such cuts it is the one with the fewest padded tokens, a pass counting as `PASS_TOKENS` more. One that is
-    longer than the budget is a pass alone. Raises ValueError when there are fewer lengths than processes.
+    longer than the budget is a pass alone; where nothing is left to cut, neighbours make a pass together instead,
+    whatever the budget. Raises ValueError when there are fewer lengths than processes.
     """
     if len(lengths) < world:
         raise ValueError(f"{len(lengths)} examples cannot be spread over {world} processes")
@@ -133,10 +135,17 @@ def cut_passes(lengths: Sequence[int], budget: int, world: int) -> list[list[int
     while stop:
         passes.insert(0, list(range(starts[stop], stop)))
         stop = starts[stop]
-    while len(passes) % world:
+    wanted = -(-len(passes) // world) * world
+    if wanted > len(lengths):
+        wanted -= world
+    while len(passes) < wanted:
         longest = max(range(len(passes)), key=lambda k: len(passes[k]))
         part = passes[longest]
         passes[longest : longest + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
+    while len(passes) > wanted:
+        joined = [first + second for first, second in itertools.pairwise(passes)]
+        smallest = min(range(len(joined)), key=lambda k: len(joined[k]) * lengths[joined[k][-1]])
+        passes[smallest : smallest + 2] = [joined[smallest]]
     return passes
 
 

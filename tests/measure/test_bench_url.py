@@ -37,6 +37,14 @@ def load(url: str, **settings: float) -> LoadRun:
     return run_async(send_load(endpoint, [["a text"]], Load(warm_up_s=0.0, **settings)))
 
 
+def test_a_named_model_is_asked_over_every_api() -> None:
+    server = Server.of("http://127.0.0.1:1")
+    for api in ("tei", "openai"):
+        body = Endpoint(server, api, "/embed", "films").request(["a text"]).partition(b"\r\n\r\n")[2]
+        assert json.loads(body)["model"] == "films"
+    assert b"model" not in Endpoint(server, "tei", "/embed").request(["a text"]).partition(b"\r\n\r\n")[2]
+
+
 def outcomes(run: LoadRun) -> dict[str, int]:
     names = [one.outcome for one in run.counted()]
     return {name: names.count(name) for name in names}

@@ -9,7 +9,9 @@ import pytest
 from asgi import Client
 from fakes import LABELS, SIZE, FakeModel, FakeModels, every_task, numbers
 
+from effllm.serving.answers import fillings
 from effllm.serving.app import create_app
+from effllm.serving.refusals import BadInput
 from effllm.serving.served import POOLED, TOKEN_STATES
 from effllm.serving.settings import ServeSettings
 
@@ -240,3 +242,10 @@ def test_metadata_of_a_similarity_model_is_that_of_an_embedder() -> None:
     client = Client(create_app(FakeModels(FakeModel("sts", "sentence-similarity")), ServeSettings()))
     assert np.shape(client.post("/embed", {"inputs": "a"}).json()) == (1, SIZE)
     assert client.get("/info").json()["model_type"] == {"embedding": {"pooling": "mean"}}
+
+
+def test_a_mask_that_was_cut_off_is_an_error() -> None:
+    found = {"masks": [{"candidates": [{"score": 0.5, "id": 7, "token": "fox"}]}]}
+    assert fillings(found, "a [MASK]")[0]["sequence"] == "a fox"
+    with pytest.raises(BadInput, match="beyond the tokens"):
+        fillings(found, "a [MASK] and a [MASK]")

@@ -30,8 +30,8 @@ def tune(base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, scores: list[fl
     """Fine-tune with given dev scores, one per evaluation; returns each mean that was tried, with its folders."""
     tried, given = [], iter(scores)
 
-    def mean(folders):
-        tried.append({"folders": [f.name for f in folders], "weights": (found := mean_weights(folders))})
+    def mean(folders, auto_class):
+        tried.append({"folders": [f.name for f in folders], "weights": (found := mean_weights(folders, auto_class))})
         return found
 
     def score(self, model, device) -> Evaluation:
@@ -90,14 +90,25 @@ def test_one_checkpoint_has_no_mean(base, tmp_path, monkeypatch) -> None:
     assert tune(base, tmp_path / "out", monkeypatch, [0.5], steps=2) == []
 
 
-def test_weights_are_averaged_name_by_name_in_their_own_dtypes(tmp_path: Path) -> None:
-    for index, value in enumerate((1.0, 2.0, 6.0)):
-        (tmp_path / str(index)).mkdir()
-        arrays = {"a": np.full((2, 3), value, np.float32), "b": np.array([value, -value], np.float16)}
-        save_file(arrays, tmp_path / str(index) / "model.safetensors")
-    mean = averaging.mean_weights([tmp_path / str(index) for index in range(3)])
-    assert torch.equal(mean["a"], torch.full((2, 3), 3.0))
-    assert torch.equal(mean["b"], torch.tensor([3.0, -3.0], dtype=torch.float16))
+def test_weights_are_averaged_name_by_name(base: Path, tmp_path: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    for factor in (1, 2, 6):
+        folder = shutil.copytree(base, tmp_path / str(factor))
+        save_file({name: factor * array for name, array in weights.items()}, folder / "model.safetensors")
+    mean = averaging.mean_weights([tmp_path / str(factor) for factor in (1, 2, 6)], "AutoModel")
+    assert weights.keys() == mean.keys()
+    assert all(np.allclose(mean[name], 3 * array, rtol=1e-6) for name, array in weights.items())
+
+
+def test_a_sparse_model_is_averaged_and_keeps_its_zeros(base: Path, tmp_path: Path, monkeypatch) -> None:
+    sparse = tmp_path / "sparse"
+    effllm.compress(base, sparse, method=effllm.parse_method("magnitude:sparsity=0.5"), max_drop=1.0)
+    assert len(tune(sparse, tmp_path / "out", monkeypatch, [0.7, 0.6, 0.5, 0.6, 0.8])) == 1
+    before, after = (effllm.load(folder).state_dict() for folder in (sparse, tmp_path / "out"))
+    (name,) = (name for name in after if name.endswith("0.output.dense.weight"))
+    (same,) = (other for other in before if name.endswith(other))
+    assert torch.equal(before[same] == 0, after[name] == 0)
+    assert not torch.equal(before[same], after[name])
 
 
 def test_without_dev_there_is_nothing_to_choose_by(base, tmp_path) -> None:

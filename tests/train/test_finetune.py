@@ -276,6 +276,22 @@ def test_passes_hold_every_example_once_and_keep_the_budget() -> None:
     assert cut_passes([10, 100], 64, 1) == [[0], [1]]
 
 
+def test_processes_have_equally_many_passes_and_none_is_empty() -> None:
+    assert cut_passes([512] * 5, 512, 2) == [[0, 1], [2], [3], [4]]
+    assert cut_passes([100, 110, 400], 64, 2) == [[0, 1], [2]]
+    for count in range(1, 20):
+        for world in range(1, count + 1):
+            passes = cut_passes([512] * count, 1024, world)
+            assert all(passes)
+            assert len(passes) % world == 0
+            assert [i for part in passes for i in part] == list(range(count))
+
+
+def test_steps_and_seconds_exclude_each_other() -> None:
+    with pytest.raises(SettingError, match="not both"):
+        FinetuneSettings(steps=3, seconds=600.0)
+
+
 def test_passes_are_cut_where_the_fewest_tokens_are_padded() -> None:
     lengths = sorted(np.random.default_rng(0).integers(3, 60, 9).tolist())
 

@@ -17,12 +17,13 @@ import torch
 import transformers
 from runs import BASE, assert_same_run, assert_same_trace, command, finish, settings, trace, weights
 
+import effllm
 from effllm.cli import main
 from effllm.data.packing import evaluation_batches
 from effllm.data.samples import Samples
 from effllm.data.store import TokenStore
 from effllm.data.vocabulary import Vocabulary
-from effllm.errors import ArtifactError, SettingError, TrainingStopped
+from effllm.errors import ArtifactError, SettingError, TrainingStopped, Unsupported
 from effllm.train import loop as loops
 from effllm.train import run as runs
 from effllm.train.objectives import MaskedLanguageModel
@@ -226,6 +227,10 @@ def test_a_budget_of_seconds_ends_the_run_and_takes_the_schedule_along(
     [
         ({"steps": 0}, "--steps or --seconds"),
         ({"seconds": 5.0}, "not both"),
+        ({"beta1": 1.5}, "beta1"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"eval_limit": -1}, "eval-limit"),
+        ({"model": "modern-tiny", "objective": "mlm+sop"}, "needs a sentence-pair head"),
         ({"batch_size": 100_000}, "smaller than one batch"),
         ({"batch_size": 2, "accumulate": 4}, "too small"),
         ({"model": "minni"}, "did you mean 'mini'"),
@@ -237,7 +242,7 @@ def test_a_budget_of_seconds_ends_the_run_and_takes_the_schedule_along(
 def test_bad_settings_are_one_error_and_leave_nothing(
     tokens: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
-    with pytest.raises((SettingError, ArtifactError), match=message):
+    with pytest.raises((SettingError, ArtifactError, Unsupported), match=message):
         finish(tokens, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
@@ -248,6 +253,28 @@ def test_a_model_with_fewer_rows_than_the_tokenizer_is_refused(tokens: Path, tmp
     )
     with pytest.raises(SettingError, match="100 rows"):
         finish(tokens, tmp_path / "run", model=str(tmp_path / "config"))
+
+
+def test_positions_that_the_padding_takes_are_not_counted(tokens: Path, tmp_path: Path) -> None:
+    vocabulary = Vocabulary.read(tokens / "tokenizer")
+    transformers.RobertaConfig(
+        vocab_size=vocabulary.size,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        pad_token_id=vocabulary.pad_id,
+    ).save_pretrained(tmp_path / "config")
+    with pytest.raises(SettingError, match="takes 31 tokens, --max-length is 32"):
+        finish(tokens, tmp_path / "run", model=str(tmp_path / "config"))
+
+
+def test_a_run_does_not_replace_what_it_starts_from(tokens: Path, whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    with pytest.raises(SettingError, match="lies in --out"):
+        pretrain(tokens, run, settings(model=str(run / "last")), force=True)
+    assert effllm.Variant.open((run / "last").resolve()).path.is_dir()
 
 
 def test_training_goes_on_from_a_trained_folder(tokens: Path, whole: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 from pathlib import Path
 
@@ -103,3 +105,15 @@ def test_utilisation_is_that_of_the_precision_of_the_run(tmp_path: Path, precisi
     module.model = transformers.BertModel(transformers.BertConfig(vocab_size=10, hidden_size=12, num_hidden_layers=1))
     RunLog(tmp_path, module, resumed_at=0, precision=precision).close()
     assert read_log(tmp_path)[0]["start"]["peak"].startswith(f"{dtype} matrix product")
+
+
+def test_a_full_disk_at_the_end_of_a_log_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "__init__", lambda self: None)
+    log = RunLog()
+    log._file, log._stream = tmp_path / "log.jsonl", Full()
+    with pytest.raises(ArtifactError, match="No space left"):
+        log.close()

@@ -243,6 +243,8 @@ function modelChosen() {
 }
 
 async function run() {
+  if ($("run").disabled) return;
+  const own = task; /* another model may be chosen meanwhile */
   const fields = readFields();
   const wanted = [chosen("model"), chosen("other")].filter(Boolean);
   const found = [];
@@ -251,16 +253,16 @@ async function run() {
   $("run").disabled = true;
   try {
     for (const model of wanted) { /* one after the other, so that neither waits for the other */
-      const answer = await ask(`/models/${encodeURIComponent(model.name)}/${task.path}`, task.body(fields));
+      const answer = await ask(`/models/${encodeURIComponent(model.name)}/${own.path}`, own.body(fields));
       const box = node("article");
       box.append(node("h2", model.name));
-      task.show(answer.value, box, fields);
+      own.show(answer.value, box, fields);
       box.append(times(answer));
       $("results").append(box);
       found.push(answer.value);
     }
     if (found.length === 2) {
-      $("difference").append(node("p", task.compare(found[0], found[1])));
+      $("difference").append(node("p", own.compare(found[0], found[1])));
       $("difference").hidden = false;
     }
   } catch (error) {
