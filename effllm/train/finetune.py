@@ -17,6 +17,7 @@ from effllm.data.readers import read_examples
 from effllm.data.split import digest
 from effllm.errors import SettingError, unknown_name
 from effllm.folder import ModelFolder, open_folder, read_json, tokenizer_files
+from effllm.hf import load_trained
 from effllm.measure.quality import evaluate
 from effllm.runtime.pooling import read_pooling
 from effllm.runtime.predictor import Predictor
@@ -27,6 +28,7 @@ from effllm.tasks import TASKS, Example, Head, Task
 from effllm.tasks.text_classification import MULTI_LABEL
 from effllm.train.averaging import add_average
 from effllm.train.checkpoint import CHECKPOINTS
+from effllm.train.distil import CAPTURING, register
 from effllm.train.heads import check_task, load_for_task
 from effllm.train.loop import StepRecord
 from effllm.train.publish import RESULT, publish, write_result
@@ -159,6 +161,7 @@ def _run(
     goal: Supervision, folder: Path, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
 ) -> Iterator[StepRecord]:
     """Make one run of one seed."""
+    taught = _teacher(teacher, goal, accelerator) if teacher else None
     tokenizer = _tokenizer(goal.folder, settings)
     items = make_items(goal.train, goal.task, tokenizer, goal.head)
     settings = _with_steps(settings, len(items))
@@ -173,7 +176,6 @@ def _run(
     start = ModelFolder(checkpoint[0].path, goal.folder.config) if checkpoint else goal.folder
     labels = goal.head.labels
     model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
-    taught = _teacher(teacher, goal, accelerator) if teacher else None
     module = SupervisedModel(model, goal.task, goal.head, settings, taught)
     run = Run(
         folder=folder,
@@ -212,7 +214,11 @@ def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer
 
 
 def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -> Any:
-    """Load the teacher. Raises SettingError when its labels, their kind or its tokenizer are not the student's."""
+    """Load the teacher, all of whose weights come from its folder.
+
+    Raises SettingError when its labels, their kind or its tokenizer are not the student's, Unsupported or ArtifactError
+    when it has no head for the task or its weights do not fit its config.
+    """
     folder = open_folder(teacher)
     if goal.task.name == "text-classification" and folder.config.get("problem_type") == MULTI_LABEL:
         raise SettingError(f"the teacher {folder.path} gives a text any number of labels, the training data one each")
@@ -221,7 +227,8 @@ def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -
         raise SettingError(f"the teacher's labels ({', '.join(labels)}) are not those of the training data")
     if TextTokenizer.open(folder).vocabulary() != TextTokenizer.open(goal.folder).vocabulary():
         raise SettingError(f"the teacher {folder.path} has another tokenizer than {goal.folder.path}")
-    return load_for_task(folder, goal.task, labels, dropout=-1, seed=0).to(accelerator.device)
+    register()
+    return load_trained(folder, goal.task.auto_class, attention=CAPTURING).to(accelerator.device)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,14 @@ def run(model: Path, out: Path, task: str, train: Path, **more) -> list:
     return list(finetune(model, out, task=task, train=train, settings=settings, **more))
 
 
+def with_config(model: Path, folder: Path, **changes) -> Path:
+    """Copy a model folder and change values of its config."""
+    shutil.copytree(model, folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
 @pytest.mark.parametrize("task", DATA)
 def test_every_head_overfits_a_small_set(base: Path, tmp_path: Path, task: str) -> None:
     file = write_jsonl(tmp_path / "data.jsonl", DATA[task]())
@@ -226,6 +234,20 @@ def test_a_teacher_that_gives_several_labels_is_refused(base: Path, tmp_path: Pa
     config.write_text(json.dumps(json.loads(config.read_text()) | {"problem_type": "multi_label_classification"}))
     with pytest.raises(SettingError, match="any number of labels"):
         run(base, tmp_path / "out", "text-classification", file, teacher=tmp_path / "teacher")
+
+
+def test_a_teacher_without_a_head_of_its_own_is_refused(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", answered())
+    with pytest.raises(Unsupported, match=r"bert has no weights for qa_outputs\.bias"):
+        run(base, tmp_path / "out", "question-answering", file, teacher=base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_a_teacher_whose_weights_do_not_fit_its_config_is_refused(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", paired())
+    teacher = with_config(base, tmp_path / "teacher", intermediate_size=128)
+    with pytest.raises(ArtifactError, match="teacher cannot be loaded"):
+        run(base, tmp_path / "out", "sentence-similarity", file, teacher=teacher)
 
 
 def test_a_regression_is_learnt_from_float_labels(base: Path, tmp_path: Path) -> None:
