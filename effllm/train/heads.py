@@ -23,13 +23,16 @@ def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dro
     The head is the folder's own where it has one with the same labels, else a new one, drawn by the seed. `labels` is
     one name for a regression head and empty for tasks without labels. `dropout` of -1 leaves the config's. Raises
     Unsupported for a task that is not fine-tuned or a model that another tool quantised, ArtifactError when weights of
-    the encoder are missing.
+    the encoder are missing or have other sizes than the config says.
     """
     check_task(task)
     register()
     torch.manual_seed(seed)
     settings = {**_label_settings(task, labels), **_dropout_settings(folder, dropout)}
     model, info = load_folder(folder, task.auto_class, attention=CAPTURING, new_head=True, settings=settings)
+    unfit = sorted(key for key, *_ in info["mismatched_keys"] if _is_encoder(key, model))
+    if unfit:
+        raise ArtifactError(f"{folder.path}: the size of {unfit[0]} in the weights is not what config.json says")
     missing = sorted(key for key in info["missing_keys"] if _is_encoder(key, model))
     if missing:
         raise ArtifactError(f"{folder.path} lacks weights of its encoder, such as {missing[0]}")

@@ -277,6 +277,13 @@ def test_bad_training_data_is_one_error_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
 
 
+def test_an_encoder_whose_weights_do_not_fit_its_config_is_refused(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    model = with_config(base, tmp_path / "model", intermediate_size=128)
+    with pytest.raises(ArtifactError, match=r"size of bert\.encoder\.layer\.0\.intermediate\.dense\.bias"):
+        run(model, tmp_path / "out", "text-classification", file)
+
+
 def test_a_label_that_train_lacks_is_named_with_its_line(base: Path, tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", classified())
     dev = write_jsonl(tmp_path / "dev.jsonl", [*classified(3), {"text": "a", "label": "q"}])
