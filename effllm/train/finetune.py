@@ -161,7 +161,7 @@ def _run(
     goal: Supervision, folder: Path, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
 ) -> Iterator[StepRecord]:
     """Make one run of one seed."""
-    taught = _teacher(teacher, goal, accelerator) if teacher else None
+    taught, pooled = _teacher(teacher, goal, accelerator) if teacher else (None, "")
     tokenizer = _tokenizer(goal.folder, settings)
     items = make_items(goal.train, goal.task, tokenizer, goal.head)
     settings = _with_steps(settings, len(items))
@@ -176,7 +176,7 @@ def _run(
     start = ModelFolder(checkpoint[0].path, goal.folder.config) if checkpoint else goal.folder
     labels = goal.head.labels
     model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
-    module = SupervisedModel(model, goal.task, goal.head, settings, taught)
+    module = SupervisedModel(model, goal.task, goal.head, settings, taught, pooled)
     run = Run(
         folder=folder,
         module=module,
@@ -213,8 +213,8 @@ def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer
     return tokenizer
 
 
-def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -> Any:
-    """Load the teacher, all of whose weights come from its folder.
+def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -> tuple[Any, str]:
+    """Return the teacher, all of whose weights come from its folder, and how it pools.
 
     Raises SettingError when its labels, their kind or its tokenizer are not the student's, Unsupported or ArtifactError
     when it has no head for the task or its weights do not fit its config.
@@ -228,7 +228,8 @@ def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -
     if TextTokenizer.open(folder).vocabulary() != TextTokenizer.open(goal.folder).vocabulary():
         raise SettingError(f"the teacher {folder.path} has another tokenizer than {goal.folder.path}")
     register()
-    return load_trained(folder, goal.task.auto_class, attention=CAPTURING).to(accelerator.device)
+    taught = load_trained(folder, goal.task.auto_class, attention=CAPTURING).to(accelerator.device)
+    return taught, read_pooling(folder.path).mode
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,28 @@ def test_a_teacher_whose_weights_do_not_fit_its_config_is_refused(base: Path, tm
         run(base, tmp_path / "out", "sentence-similarity", file, teacher=teacher)
 
 
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_a_teachers_embeddings_are_pooled_in_its_own_way(base: Path, tmp_path: Path, mode: str) -> None:
+    """The student, with the same weights, takes the mean."""
+    teacher = with_config(base, tmp_path / "teacher")
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1"}]
+    (teacher / "modules.json").write_text(json.dumps(modules))
+    (teacher / "1").mkdir()
+    (teacher / "1" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    file = write_jsonl(tmp_path / "data.jsonl", paired())
+    settings = {"steps": 1, "batch_size": 24, "label_weight": 0.0, "dropout": 0.0}
+    step = run(base, tmp_path / "out", "sentence-similarity", file, teacher=teacher, settings=settings)[0]
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(base), effllm.load(base)
+    distances = []
+    for text in (record[key] for record in paired() for key in ("text", "text_pair")):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        own, taught = states.mean(dim=0), states[0] if mode == "cls" else states.mean(dim=0)
+        distances.append((own / own.norm() - taught / taught.norm()).square().sum())
+    expected = float(torch.stack(distances).mean())
+    assert step.record.losses["logits"] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
 def test_a_regression_is_learnt_from_float_labels(base: Path, tmp_path: Path) -> None:
     records = [{"text": r["text"], "label": 0.5 + (r["label"] == "g")} for r in classified()]
     file = write_jsonl(tmp_path / "data.jsonl", records)
