@@ -161,7 +161,7 @@ def _run(
     goal: Supervision, folder: Path, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
 ) -> Iterator[StepRecord]:
     """Make one run of one seed."""
-    taught, pooled = _teacher(teacher, goal, accelerator) if teacher else (None, "")
+    taught, pooled = _teacher(teacher, goal, settings, accelerator) if teacher else (None, "")
     tokenizer = _tokenizer(goal.folder, settings)
     items = make_items(goal.train, goal.task, tokenizer, goal.head)
     settings = _with_steps(settings, len(items))
@@ -213,11 +213,14 @@ def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer
     return tokenizer
 
 
-def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -> tuple[Any, str]:
+def _teacher(
+    teacher: str | Path, goal: Supervision, settings: FinetuneSettings, accelerator: Accelerator
+) -> tuple[Any, str]:
     """Return the teacher, all of whose weights come from its folder, and how it pools.
 
-    Raises SettingError when its labels, their kind or its tokenizer are not the student's, Unsupported or ArtifactError
-    when it has no head for the task or its weights do not fit its config.
+    Raises SettingError when its labels, their kind or its tokenizer are not the student's or its shape does not allow
+    what is distilled, Unsupported or ArtifactError when it has no head for the task or its weights do not fit its
+    config.
     """
     folder = open_folder(teacher)
     if goal.task.name == "text-classification" and folder.config.get("problem_type") == MULTI_LABEL:
@@ -228,8 +231,21 @@ def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -
     if TextTokenizer.open(folder).vocabulary() != TextTokenizer.open(goal.folder).vocabulary():
         raise SettingError(f"the teacher {folder.path} has another tokenizer than {goal.folder.path}")
     register()
-    taught = load_trained(folder, goal.task.auto_class, attention=CAPTURING).to(accelerator.device)
-    return taught, read_pooling(folder.path).mode
+    taught = load_trained(folder, goal.task.auto_class, attention=CAPTURING)
+    _check_shapes(goal, settings, taught.config)
+    return taught.to(accelerator.device), read_pooling(folder.path).mode
+
+
+def _check_shapes(goal: Supervision, settings: FinetuneSettings, teacher: Any) -> None:
+    """Raise SettingError where the student's width does not allow what is distilled from a teacher of that config."""
+    width, heads = goal.folder.hidden_size, teacher.num_attention_heads
+    if settings.distil_attention and width % heads:
+        raise SettingError(f"--distil-attention: a width of {width} cannot be split over the teacher's {heads} heads")
+    if goal.task.name == "sentence-similarity" and settings.distil_logits and width != teacher.hidden_size:
+        raise SettingError(
+            f"--distil-logits compares embeddings, and the teacher's have {teacher.hidden_size} dimensions where the "
+            f"model's have {width}; distil --distil-hidden instead, with --distil-logits 0"
+        )
 
 
 @dataclass(frozen=True)

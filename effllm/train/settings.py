@@ -139,6 +139,10 @@ class FinetuneSettings(LoopSettings):
             raise SettingError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         if self.compile and self.distil_hidden:
             raise SettingError("--distil-hidden cannot be compiled; leave out --compile or --distil-hidden")
+        if not any(getattr(self, name) for name in TEACHING):
+            raise SettingError(
+                "--distil-logits, --distil-hidden, --distil-attention and --label-weight are all 0: nothing is learned"
+            )
         if not self.temperature > 0:
             raise SettingError(f"--temperature must be positive, got {self.temperature}")
         for name in (*TEACHING, "patience", "eval_every", "average"):

@@ -272,6 +272,41 @@ def test_a_teachers_embeddings_are_pooled_in_its_own_way(base: Path, tmp_path: P
     assert step.record.losses["logits"] == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
+@pytest.fixture(scope="module")
+def wide(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT without a head that is wider than `base` and has three heads."""
+    folder = tmp_path_factory.mktemp("wide") / "bert"
+    shutil.copytree(base, folder)
+    config = transformers.AutoConfig.from_pretrained(base)
+    config.update({"hidden_size": 48, "num_attention_heads": 3})
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "embeddings, and the teacher's have 48 dimensions where the model's have 32"),
+        ({"distil_logits": 0.0, "distil_attention": 1.0}, "a width of 32 cannot be split over the teacher's 3 heads"),
+        ({"distil_logits": 0.0, "label_weight": 0.0}, "are all 0: nothing is learned"),
+    ],
+)
+def test_what_a_teacher_cannot_teach_is_refused_before_any_work(
+    base: Path, wide: Path, tmp_path: Path, settings: dict, message: str
+) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", paired())
+    with pytest.raises(SettingError, match=message):
+        run(base, tmp_path / "out", "sentence-similarity", file, teacher=wide, settings=settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_hidden_states_of_a_wider_teacher_are_learned(base: Path, wide: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", paired())
+    settings = {"steps": 2, "distil_logits": 0.0, "distil_hidden": 1.0}
+    steps = run(base, tmp_path / "out", "sentence-similarity", file, teacher=wide, settings=settings)
+    assert set(steps[0].record.losses) == {"label", "hidden"}
+
+
 def test_a_regression_is_learnt_from_float_labels(base: Path, tmp_path: Path) -> None:
     records = [{"text": r["text"], "label": 0.5 + (r["label"] == "g")} for r in classified()]
     file = write_jsonl(tmp_path / "data.jsonl", records)
