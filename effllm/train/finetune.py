@@ -92,6 +92,8 @@ def finetune(
         raise SettingError(f"--seeds must be at least 1, got {seeds}")
     if settings.average and dev is None:
         raise SettingError("--average needs --dev: the mean is kept only where it is better")
+    if not teacher:
+        settings.check_untaught()
     goal = _supervision(model, task, train, dev, columns or {})
     work = target.absolute().parent / f".{target.name}.run"
     return _runs(goal, target, work, settings, seeds, teacher, resume=resume, force=force)

@@ -15,6 +15,7 @@ them."""
 
 
 TEACHING = ("distil_logits", "distil_hidden", "distil_attention", "label_weight")
+"""The weights of the losses where there is a teacher."""
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,9 @@ class FinetuneSettings(LoopSettings):
         for name in (*TEACHING, "patience", "eval_every", "average"):
             if getattr(self, name) < 0:
                 raise SettingError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+
+    def check_untaught(self) -> None:
+        """Raise SettingError where a setting that only matters with a teacher is not the default."""
+        for name in (*TEACHING, "temperature"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise SettingError(f"--{name.replace('_', '-')} {getattr(self, name):g} needs --teacher")

@@ -307,6 +307,15 @@ def test_hidden_states_of_a_wider_teacher_are_learned(base: Path, wide: Path, tm
     assert set(steps[0].record.losses) == {"label", "hidden"}
 
 
+@pytest.mark.parametrize("name", ["distil_logits", "distil_hidden", "distil_attention", "label_weight", "temperature"])
+def test_settings_of_distillation_need_a_teacher(base: Path, tmp_path: Path, name: str) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    with pytest.raises(SettingError, match=rf"--{name.replace('_', '-')} 0\.75 needs --teacher"):
+        finetune(
+            base, tmp_path / "out", task="text-classification", train=file, settings=FinetuneSettings(**{name: 0.75})
+        )
+
+
 def test_a_regression_is_learnt_from_float_labels(base: Path, tmp_path: Path) -> None:
     records = [{"text": r["text"], "label": 0.5 + (r["label"] == "g")} for r in classified()]
     file = write_jsonl(tmp_path / "data.jsonl", records)
