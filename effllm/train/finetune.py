@@ -35,7 +35,7 @@ from effllm.train.publish import RESULT, publish, write_result
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
 from effllm.train.settings import FinetuneSettings
 from effllm.train.sharding import gathered
-from effllm.train.supervised import SupervisedModel, SupervisedSource, make_items
+from effllm.train.supervised import SupervisedModel, SupervisedSource, freeze_unreached, make_items
 from effllm.variant import check_target, weights_digest
 
 LONGEST = 512
@@ -179,6 +179,7 @@ def _run(
     labels = goal.head.labels
     model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
     module = SupervisedModel(model, goal.task, goal.head, settings, taught, pooled)
+    freeze_unreached(module)
     run = Run(
         folder=folder,
         module=module,

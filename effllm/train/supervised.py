@@ -227,6 +227,22 @@ class SupervisedModel(nn.Module):
         return dataclasses.replace(seen, outputs={EMBEDDING: embedding})
 
 
+def freeze_unreached(module: SupervisedModel) -> None:
+    """Freeze what no loss reaches: the head, and more of the last layer, where only states inside are distilled.
+
+    Processes that average gradients (DDP) wait for one of every parameter that is not frozen.
+    """
+    if {"label", "logits"} & {*module.components}:
+        return
+    probe, training = torch.zeros(1, 4, dtype=torch.int64), module.training
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    losses = module.eval()(probe, torch.ones_like(probe), probe)
+    gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    module.train(training)
+
+
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Pool token states (n, S, H) over real tokens to (n, H), as `effllm.tasks.feature_extraction.pool` does."""
     lengths = mask.sum(dim=1, keepdim=True)

@@ -1,4 +1,5 @@
-"""The head that a model is fine-tuned with: the folder's own as far as its labels are those of the data."""
+"""The head that a model is fine-tuned with, the folder's own as far as its labels are those of the data, and frozen
+where no loss reaches it."""
 
 from __future__ import annotations
 
@@ -10,9 +11,12 @@ from conftest import ARCHITECTURES, LABELS, make_model
 
 from effllm.folder import open_folder
 from effllm.hf import load
-from effllm.tasks import TASKS
+from effllm.tasks import TASKS, Head
 from effllm.train.heads import load_for_task
+from effllm.train.settings import FinetuneSettings
+from effllm.train.supervised import SupervisedModel, freeze_unreached
 
+TASK = TASKS["text-classification"]
 INPUTS = {"input_ids": torch.tensor([[2, 7, 11, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
 
 
@@ -40,7 +44,7 @@ def test_as_many_other_labels_get_a_new_last_layer(architecture: str, tmp_path: 
     folder = make_model(tmp_path / "model", architecture)
     heads = []
     for labels in (LABELS["text-classification"], ["anger", "joy", "fear"]):
-        model = load_for_task(open_folder(folder), TASKS["text-classification"], labels, dropout=0.0, seed=0)
+        model = load_for_task(open_folder(folder), TASK, labels, dropout=0.0, seed=0)
         heads.append({name: p for name, p in model.named_parameters() if len(p) == 3})
     kept, drawn = heads
     assert kept.keys() == drawn.keys()
@@ -51,12 +55,29 @@ def test_as_many_other_labels_get_a_new_last_layer(architecture: str, tmp_path: 
 
 
 def test_numbers_are_the_places_of_the_folders_labels(classifier: Path) -> None:
-    model = load_for_task(open_folder(classifier), TASKS["text-classification"], ["0", "1", "2"], dropout=0.0, seed=0)
+    model = load_for_task(open_folder(classifier), TASK, ["0", "1", "2"], dropout=0.0, seed=0)
     assert torch.equal(model.classifier.weight, load(classifier).classifier.weight)
 
 
 def test_a_regression_keeps_the_one_output_of_the_folder(classifier: Path, tmp_path: Path) -> None:
-    task = TASKS["text-classification"]
-    load_for_task(open_folder(classifier), task, ["score"], dropout=0.0, seed=0).save_pretrained(tmp_path)
-    model = load_for_task(open_folder(tmp_path), task, ["rating"], dropout=0.0, seed=0)
+    load_for_task(open_folder(classifier), TASK, ["score"], dropout=0.0, seed=0).save_pretrained(tmp_path)
+    model = load_for_task(open_folder(tmp_path), TASK, ["rating"], dropout=0.0, seed=0)
     assert torch.equal(model.classifier.weight, load(tmp_path).classifier.weight)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("component", ["hidden", "attention"])
+def test_what_no_loss_reaches_is_frozen(architecture: str, component: str, tmp_path: Path) -> None:
+    folder = open_folder(make_model(tmp_path / "model", architecture))
+    student, teacher = (
+        load_for_task(folder, TASK, LABELS["text-classification"], dropout=0.0, seed=0) for _ in range(2)
+    )
+    settings = FinetuneSettings(**{"label_weight": 0.0, "distil_logits": 0.0, f"distil_{component}": 1.0})
+    module = SupervisedModel(student, TASK, Head(), settings, teacher)
+    freeze_unreached(module)
+    ids = torch.tensor([[2, 7, 11, 3, 0], [2, 40, 12, 13, 3]])
+    module(ids, (ids > 0).long(), torch.zeros_like(ids)).sum().backward()
+    reached = {name for name, p in module.named_parameters() if p.grad is not None}
+    assert reached == {name for name, p in module.named_parameters() if p.requires_grad}
+    assert any("embeddings" in name for name in reached)
+    assert not any("classifier" in name for name in reached)
