@@ -24,6 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from effllm.errors import SettingError
+
 CAPTURING = "effllm_capturing"
 COMPONENTS = ("logits", "hidden", "attention")
 EMBEDDING = "embedding"
@@ -160,11 +162,14 @@ def _softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: floa
 
 
 def _relations(states: torch.Tensor, heads: int, mask: torch.Tensor) -> torch.Tensor:
-    """Return log softmax(A Aᵀ / √d), float32 (n, relation heads, S, S), from states (n, heads, S, D)."""
+    """Return log softmax(A Aᵀ / √d), float32 (n, relation heads, S, S), from states (n, heads, S, D).
+
+    Raises SettingError when these cannot be split over as many heads.
+    """
     n, _, length, _ = states.shape
     flat = states.transpose(1, 2).reshape(n, length, -1).float()
     if flat.shape[-1] % heads:
-        raise ValueError(f"{flat.shape[-1]} states cannot be split over {heads} relation heads")
+        raise SettingError(f"attention of {flat.shape[-1]} states cannot be split over the teacher's {heads} heads")
     split = flat.view(n, length, heads, -1).transpose(1, 2)
     scores = split @ split.transpose(2, 3) / split.shape[-1] ** 0.5
     return functional.log_softmax(scores.masked_fill(~mask[:, None, None, :], -1e9), dim=-1)

@@ -17,6 +17,7 @@ from effllm.data.readers import read_examples
 from effllm.data.split import digest, labelled_digest
 from effllm.errors import SettingError, unknown_name
 from effllm.folder import ModelFolder, open_folder, read_json, tokenizer_files
+from effllm.hf import load_trained
 from effllm.measure.quality import evaluate
 from effllm.runtime.pooling import read_pooling
 from effllm.runtime.predictor import Predictor
@@ -27,13 +28,14 @@ from effllm.tasks import TASKS, Example, Head, Task
 from effllm.tasks.text_classification import MULTI_LABEL
 from effllm.train.averaging import add_average
 from effllm.train.checkpoint import CHECKPOINTS
+from effllm.train.distil import CAPTURING, register
 from effllm.train.heads import check_task, load_for_task
 from effllm.train.loop import StepRecord
 from effllm.train.publish import RESULT, publish, write_result
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
 from effllm.train.settings import FinetuneSettings
 from effllm.train.sharding import gathered
-from effllm.train.supervised import SupervisedModel, SupervisedSource, make_items
+from effllm.train.supervised import SupervisedModel, SupervisedSource, freeze_unreached, make_items
 from effllm.variant import check_target, weights_digest
 
 LONGEST = 512
@@ -90,6 +92,8 @@ def finetune(
         raise SettingError(f"--seeds must be at least 1, got {seeds}")
     if settings.average and dev is None:
         raise SettingError("--average needs --dev: the mean is kept only where it is better")
+    if not teacher:
+        settings.check_untaught()
     goal = _supervision(model, task, train, dev, columns or {})
     work = target.absolute().parent / f".{target.name}.run"
     return _runs(goal, target, work, settings, seeds, teacher, resume=resume, force=force)
@@ -156,6 +160,7 @@ def _run(
     goal: Supervision, folder: Path, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
 ) -> Iterator[StepRecord]:
     """Make one run of one seed, or what a resumed one lacks: nothing where it has its result."""
+    taught, pooled = _teacher(teacher, goal, settings, accelerator) if teacher else (None, "")
     tokenizer = _tokenizer(goal.folder, settings)
     items = make_items(goal.train, goal.task, tokenizer, goal.head)
     settings = _with_steps(settings, len(items))
@@ -175,8 +180,8 @@ def _run(
     start = ModelFolder(checkpoint[0].path, goal.folder.config) if checkpoint else goal.folder
     labels = goal.head.labels
     model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
-    taught = _teacher(teacher, goal, accelerator) if teacher else None
-    module = SupervisedModel(model, goal.task, goal.head, settings, taught)
+    module = SupervisedModel(model, goal.task, goal.head, settings, taught, pooled)
+    freeze_unreached(module)
     run = Run(
         folder=folder,
         module=module,
@@ -215,8 +220,15 @@ def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer
     return tokenizer
 
 
-def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -> Any:
-    """Load the teacher. Raises SettingError when its labels, their kind or its tokenizer are not the student's."""
+def _teacher(
+    teacher: str | Path, goal: Supervision, settings: FinetuneSettings, accelerator: Accelerator
+) -> tuple[Any, str]:
+    """Return the teacher, all of whose weights come from its folder, and how it pools.
+
+    Raises SettingError when its labels, their kind or its tokenizer are not the student's or its shape does not allow
+    what is distilled, Unsupported or ArtifactError when it has no head for the task or its weights do not fit its
+    config.
+    """
     folder = open_folder(teacher)
     if goal.task.name == "text-classification" and folder.config.get("problem_type") == MULTI_LABEL:
         raise SettingError(f"the teacher {folder.path} gives a text any number of labels, the training data one each")
@@ -225,7 +237,22 @@ def _teacher(teacher: str | Path, goal: Supervision, accelerator: Accelerator) -
         raise SettingError(f"the teacher's labels ({', '.join(labels)}) are not those of the training data")
     if TextTokenizer.open(folder).vocabulary() != TextTokenizer.open(goal.folder).vocabulary():
         raise SettingError(f"the teacher {folder.path} has another tokenizer than {goal.folder.path}")
-    return load_for_task(folder, goal.task, labels, dropout=-1, seed=0).to(accelerator.device)
+    register()
+    taught = load_trained(folder, goal.task.auto_class, attention=CAPTURING)
+    _check_shapes(goal, settings, taught.config)
+    return taught.to(accelerator.device), read_pooling(folder.path).mode
+
+
+def _check_shapes(goal: Supervision, settings: FinetuneSettings, teacher: Any) -> None:
+    """Raise SettingError where the student's width does not allow what is distilled from a teacher of that config."""
+    width, heads = goal.folder.hidden_size, teacher.num_attention_heads
+    if settings.distil_attention and width % heads:
+        raise SettingError(f"--distil-attention: a width of {width} cannot be split over the teacher's {heads} heads")
+    if goal.task.name == "sentence-similarity" and settings.distil_logits and width != teacher.hidden_size:
+        raise SettingError(
+            f"--distil-logits compares embeddings, and the teacher's have {teacher.hidden_size} dimensions where the "
+            f"model's have {width}; distil --distil-hidden instead, with --distil-logits 0"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import transformers
 
-from effllm.errors import ArtifactError, Unsupported
-from effllm.folder import ModelFolder
+from effllm.errors import ArtifactError, SettingError, Unsupported
+from effllm.folder import ModelFolder, read_json
 from effllm.hf import load_folder
 from effllm.tasks import Task
+from effllm.tasks.text_classification import label_index
 from effllm.train.distil import CAPTURING, register
 
 FINETUNED = ("text-classification", "token-classification", "question-answering", "sentence-similarity")
@@ -20,19 +21,27 @@ FINETUNED = ("text-classification", "token-classification", "question-answering"
 def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dropout: float, seed: int) -> Any:
     """Return the model with the task's head, float32.
 
-    The head is the folder's own where it has one with the same labels, else a new one, drawn by the seed. `labels` is
-    one name for a regression head and empty for tasks without labels. `dropout` of -1 leaves the config's. Raises
+    The head is the folder's own as far as it fits: its last layer is put in the order of `labels` where it has the same
+    ones, and drawn by the seed where it has others. `labels` is one name for a regression head, which any head with one
+    output is, and empty for tasks without labels. `dropout` of -1 leaves the config's. Raises
     Unsupported for a task that is not fine-tuned or a model that another tool quantised, ArtifactError when weights of
-    the encoder are missing.
+    the encoder are missing or have other sizes than the config says.
     """
     check_task(task)
     register()
     torch.manual_seed(seed)
     settings = {**_label_settings(task, labels), **_dropout_settings(folder, dropout)}
     model, info = load_folder(folder, task.auto_class, attention=CAPTURING, new_head=True, settings=settings)
+    unfit = sorted(key for key, *_ in info["mismatched_keys"] if _is_encoder(key, model))
+    if unfit:
+        raise ArtifactError(f"{folder.path}: the size of {unfit[0]} in the weights is not what config.json says")
     missing = sorted(key for key in info["missing_keys"] if _is_encoder(key, model))
     if missing:
         raise ArtifactError(f"{folder.path} lacks weights of its encoder, such as {missing[0]}")
+    drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if len(labels) > 1:
+        # A checkpoint's labels stand in its own config, where `folder` may still have those that the run began with.
+        _fit_last_layer(model, ModelFolder(folder.path, read_json(folder.path / "config.json")).labels, labels, drawn)
     if task.name == "sentence-similarity":  # pooled from the token states; no loss would ever reach the pooler
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("pooler" not in name)
@@ -62,6 +71,36 @@ def _dropout_settings(folder: ModelFolder, dropout: float) -> dict[str, float]:
         return {}
     config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False).to_dict()
     return {name: dropout for name, value in config.items() if "drop" in name and isinstance(value, float)}
+
+
+def _fit_last_layer(model: Any, own: Sequence[str], labels: Sequence[str], drawn: Collection[str]) -> None:
+    """Put the rows of the head's last layer in the order of `labels`, or draw it anew where `own` are others.
+
+    Nothing is done where the layer is among the weights that were drawn when the model was loaded.
+    """
+    encoder = f"{model.base_model_prefix}."
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.startswith(encoder)]
+    name = linears[-1]
+    if f"{name}.weight" in drawn:
+        return
+    layer = model.get_submodule(name)
+    rows = _places(labels, own)
+    if rows is None:
+        fresh = type(model)._from_config(model.config)  # what a layer is drawn from is the architecture's own
+        layer.load_state_dict(fresh.get_submodule(name).state_dict())
+        return
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter[rows])
+
+
+def _places(labels: Sequence[str], own: Sequence[str]) -> list[int] | None:
+    """Return where each label stands in `own`, as examples are read; None where the two are not the same labels."""
+    try:
+        places = [label_index(label, own) for label in labels]
+    except SettingError:
+        return None
+    return places if sorted(places) == list(range(len(own))) else None
 
 
 def _is_encoder(key: str, model: Any) -> bool:

@@ -15,6 +15,7 @@ a resumed run may change them."""
 
 
 TEACHING = ("distil_logits", "distil_hidden", "distil_attention", "label_weight")
+"""The weights of the losses where there is a teacher."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,18 @@ class FinetuneSettings(LoopSettings):
             raise SettingError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
         if self.compile and self.distil_hidden:
             raise SettingError("--distil-hidden cannot be compiled; leave out --compile or --distil-hidden")
+        if not any(getattr(self, name) for name in TEACHING):
+            raise SettingError(
+                "--distil-logits, --distil-hidden, --distil-attention and --label-weight are all 0: nothing is learned"
+            )
         if not self.temperature > 0:
             raise SettingError(f"--temperature must be positive, got {self.temperature}")
         for name in (*TEACHING, "patience", "eval_every", "average"):
             if getattr(self, name) < 0:
                 raise SettingError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name)}")
+
+    def check_untaught(self) -> None:
+        """Raise SettingError where a setting that only matters with a teacher is not the default."""
+        for name in (*TEACHING, "temperature"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise SettingError(f"--{name.replace('_', '-')} {getattr(self, name):g} needs --teacher")

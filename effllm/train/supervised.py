@@ -163,13 +163,22 @@ class SupervisedModel(nn.Module):
     """A transformers model with a task head that takes padded batches with targets and returns sums of losses.
 
     `components` names the entries: the loss on the labels, and with a teacher those of the distillation. Each is
-    weighted by its setting.
+    weighted by its setting. Embeddings of the teacher are pooled as `teacher_pooling` says, by default as the model's.
     """
 
-    def __init__(self, model: Any, task: Task, head: Head, settings: FinetuneSettings, teacher: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        task: Task,
+        head: Head,
+        settings: FinetuneSettings,
+        teacher: Any = None,
+        teacher_pooling: str = "",
+    ) -> None:
         super().__init__()
         self.model = model
         self._task, self._head = task, head
+        self._teacher_pooling = teacher_pooling or head.pooling
         weights = {"label": settings.label_weight if teacher is not None else 1.0}
         if teacher is not None:
             weights |= {name: getattr(settings, f"distil_{name}") for name in COMPONENTS}
@@ -203,12 +212,13 @@ class SupervisedModel(nn.Module):
         targets = {name: target for name, target in known.items() if target is not None}
         mask = attention_mask == 1
         wanted = frozenset(self.distillation.components if self.distillation else ())
-        seen = self._embedded(observe(self.model, inputs, self._task.outputs, wanted), mask)
+        seen = self._embedded(observe(self.model, inputs, self._task.outputs, wanted), mask, self._head.pooling)
         sums = []
         if "label" in self.components:
             sums.append(LOSSES[self._task.name](seen.outputs, targets, mask)[0][None])
         if self.distillation:
-            teacher = self._embedded(self.distillation.teach(inputs, self._task.outputs), mask)
+            teacher = self.distillation.teach(inputs, self._task.outputs)
+            teacher = self._embedded(teacher, mask, self._teacher_pooling)
             rows = mask if self._task.name in PER_TOKEN else mask.any(dim=1)
             sums.append(self.distillation(seen, teacher, mask, rows))
         return torch.cat(sums) * torch.tensor(self._weights, device=mask.device)
@@ -218,12 +228,28 @@ class SupervisedModel(nn.Module):
         """How many terms each component's sum has."""
         return Terms(self.components, self._task.name in PER_TOKEN)
 
-    def _embedded(self, seen: Seen, mask: torch.Tensor) -> Seen:
+    def _embedded(self, seen: Seen, mask: torch.Tensor, pooling: str) -> Seen:
         """Replace token states by unit embeddings where the task is about those."""
         if self._task.outputs != ("last_hidden_state",):
             return seen
-        embedding = functional.normalize(pool(seen.outputs["last_hidden_state"], mask, self._head.pooling), dim=-1)
+        embedding = functional.normalize(pool(seen.outputs["last_hidden_state"], mask, pooling), dim=-1)
         return dataclasses.replace(seen, outputs={EMBEDDING: embedding})
+
+
+def freeze_unreached(module: SupervisedModel) -> None:
+    """Freeze what no loss reaches: the head, and more of the last layer, where only states inside are distilled.
+
+    Processes that average gradients (DDP) wait for one of every parameter that is not frozen.
+    """
+    if {"label", "logits"} & {*module.components}:
+        return
+    probe, training = torch.zeros(1, 4, dtype=torch.int64), module.training
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    losses = module.eval()(probe, torch.ones_like(probe), probe)
+    gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    module.train(training)
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -91,6 +91,14 @@ def run(model: Path, out: Path, task: str, train: Path, **more) -> list:
     return list(finetune(model, out, task=task, train=train, settings=settings, **more))
 
 
+def with_config(model: Path, folder: Path, **changes) -> Path:
+    """Copy a model folder and change values of its config."""
+    shutil.copytree(model, folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
 @pytest.mark.parametrize("task", DATA)
 def test_every_head_overfits_a_small_set(base: Path, tmp_path: Path, task: str) -> None:
     file = write_jsonl(tmp_path / "data.jsonl", DATA[task]())
@@ -228,6 +236,86 @@ def test_a_teacher_that_gives_several_labels_is_refused(base: Path, tmp_path: Pa
         run(base, tmp_path / "out", "text-classification", file, teacher=tmp_path / "teacher")
 
 
+def test_a_teacher_without_a_head_of_its_own_is_refused(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", answered())
+    with pytest.raises(Unsupported, match=r"bert has no weights for qa_outputs\.bias"):
+        run(base, tmp_path / "out", "question-answering", file, teacher=base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_a_teacher_whose_weights_do_not_fit_its_config_is_refused(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", paired())
+    teacher = with_config(base, tmp_path / "teacher", intermediate_size=128)
+    with pytest.raises(ArtifactError, match="teacher cannot be loaded"):
+        run(base, tmp_path / "out", "sentence-similarity", file, teacher=teacher)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_a_teachers_embeddings_are_pooled_in_its_own_way(base: Path, tmp_path: Path, mode: str) -> None:
+    """The student, with the same weights, takes the mean."""
+    teacher = with_config(base, tmp_path / "teacher")
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1"}]
+    (teacher / "modules.json").write_text(json.dumps(modules))
+    (teacher / "1").mkdir()
+    (teacher / "1" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    file = write_jsonl(tmp_path / "data.jsonl", paired())
+    settings = {"steps": 1, "batch_size": 24, "label_weight": 0.0, "dropout": 0.0}
+    step = run(base, tmp_path / "out", "sentence-similarity", file, teacher=teacher, settings=settings)[0]
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(base), effllm.load(base)
+    distances = []
+    for text in (record[key] for record in paired() for key in ("text", "text_pair")):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        own, taught = states.mean(dim=0), states[0] if mode == "cls" else states.mean(dim=0)
+        distances.append((own / own.norm() - taught / taught.norm()).square().sum())
+    expected = float(torch.stack(distances).mean())
+    assert step.record.losses["logits"] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def wide(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT without a head that is wider than `base` and has three heads."""
+    folder = tmp_path_factory.mktemp("wide") / "bert"
+    shutil.copytree(base, folder)
+    config = transformers.AutoConfig.from_pretrained(base)
+    config.update({"hidden_size": 48, "num_attention_heads": 3})
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "embeddings, and the teacher's have 48 dimensions where the model's have 32"),
+        ({"distil_logits": 0.0, "distil_attention": 1.0}, "a width of 32 cannot be split over the teacher's 3 heads"),
+        ({"distil_logits": 0.0, "label_weight": 0.0}, "are all 0: nothing is learned"),
+    ],
+)
+def test_what_a_teacher_cannot_teach_is_refused_before_any_work(
+    base: Path, wide: Path, tmp_path: Path, settings: dict, message: str
+) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", paired())
+    with pytest.raises(SettingError, match=message):
+        run(base, tmp_path / "out", "sentence-similarity", file, teacher=wide, settings=settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_hidden_states_of_a_wider_teacher_are_learned(base: Path, wide: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", paired())
+    settings = {"steps": 2, "distil_logits": 0.0, "distil_hidden": 1.0}
+    steps = run(base, tmp_path / "out", "sentence-similarity", file, teacher=wide, settings=settings)
+    assert set(steps[0].record.losses) == {"label", "hidden"}
+
+
+@pytest.mark.parametrize("name", ["distil_logits", "distil_hidden", "distil_attention", "label_weight", "temperature"])
+def test_settings_of_distillation_need_a_teacher(base: Path, tmp_path: Path, name: str) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    with pytest.raises(SettingError, match=rf"--{name.replace('_', '-')} 0\.75 needs --teacher"):
+        finetune(
+            base, tmp_path / "out", task="text-classification", train=file, settings=FinetuneSettings(**{name: 0.75})
+        )
+
+
 def test_a_regression_is_learnt_from_float_labels(base: Path, tmp_path: Path) -> None:
     records = [{"text": r["text"], "label": 0.5 + (r["label"] == "g")} for r in classified()]
     file = write_jsonl(tmp_path / "data.jsonl", records)
@@ -253,6 +341,13 @@ def test_bad_training_data_is_one_error_and_leaves_nothing(
     with pytest.raises(error, match=message):
         run(base, tmp_path / "out", task, file)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_an_encoder_whose_weights_do_not_fit_its_config_is_refused(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    model = with_config(base, tmp_path / "model", intermediate_size=128)
+    with pytest.raises(ArtifactError, match=r"size of bert\.encoder\.layer\.0\.intermediate\.dense\.bias"):
+        run(model, tmp_path / "out", "text-classification", file)
 
 
 def test_a_label_that_train_lacks_is_named_with_its_line(base: Path, tmp_path: Path) -> None:
