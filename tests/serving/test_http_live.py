@@ -23,6 +23,7 @@ from fakes import FakeModels, every_task
 from live import connected, live, received, seconds_until_cut_off
 
 from effllm.errors import SettingError
+from effllm.serving.connections import MAX_PIPELINED
 from effllm.serving.served import Answers, Result
 from effllm.serving.server import bind
 from effllm.serving.settings import ServeSettings
@@ -111,6 +112,22 @@ def test_pipelined_requests_are_answered_in_order(models: FakeModels) -> None:
         first, second = received(connection).split(b"HTTP/1.1 200 OK")[1:]
         assert b"[[" in first
         assert b'"label"' in second
+
+
+def test_as_many_requests_as_may_wait_are_answered_and_with_more_the_connection_ends(models: FakeModels) -> None:
+    model = models.models["minilm"]
+    ask = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with live(models, QUICK) as url:
+        with connected(url) as connection:
+            connection.sendall(ask * (1 + MAX_PIPELINED))
+            assert received(connection).count(b"HTTP/1.1 200 OK") == 1 + MAX_PIPELINED
+        model.delay = 30
+        with connected(url, 5) as connection:
+            connection.sendall(post("/embed", b'{"inputs": "a"}'))
+            assert eventually(lambda: model.queued == 1)
+            connection.sendall(ask * 1000)
+            assert received(connection) == b""
+            assert eventually(lambda: model.queued == 0)
 
 
 @pytest.mark.parametrize("declared", [True, False])
