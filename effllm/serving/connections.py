@@ -1,11 +1,11 @@
 """What uvicorn leaves open at its connections: clients that send slowly, too much, or too many of them.
 
 uvicorn has no limit on how long a request's head may take or how large it may be. Here a connection has
-`read_timeout` seconds for each head (body and answer have their own limits in the app), a head at most `MAX_HEAD`
-bytes, and beyond `max_connections` a new connection gets 503 at once: not 429, which is said of a client's requests,
-and none has been read. Requests sent ahead of the answers wait, at most `MAX_PIPELINED`. A body that is refused unread
-is read away for `LINGER` seconds, so that the client can finish sending and read why. A client that does not read its
-answer for `timeout` seconds is cut off.
+`read_timeout` seconds for each head (body and answer have their own limits in the app), a head, and what stands
+between or after the parts of a body, at most `MAX_HEAD` bytes, and beyond `max_connections` a new connection gets 503
+at once: not 429, which is said of a client's requests, and none has been read. Requests sent ahead of the answers
+wait, at most `MAX_PIPELINED`. A body that is refused unread is read away for `LINGER` seconds, so that the client can
+finish sending and read why. A client that does not read its answer for `timeout` seconds is cut off.
 
 Under overload most requests are refused for their heads. The connection itself answers those, without uvicorn's cycle
 and task for a request.
@@ -87,18 +87,27 @@ class _Guarded(HttpToolsProtocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head, and time what nobody waits for."""
+        """Count the bytes of a head or of what frames a body, and time what nobody waits for."""
         if self.transport.is_closing():
             return
+        self._head_bytes += len(data)
         if not self._in_body:
-            self._head_bytes += len(data)
             if self._timer is None and self._all_answered():
                 self._start(self.read_timeout)
         elif self._timer is None and self._all_answered():
             self._start(LINGER)
         super().data_received(data)
-        if not self._in_body and self._head_bytes > MAX_HEAD:
+        if self._head_bytes <= MAX_HEAD:
+            return
+        if self._in_body:
+            self.transport.abort()
+        else:
             self._refuse(b"431 Request Header Fields Too Large", b"the head of the request is too large")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; those that follow a body in chunks are dropped."""
+        if not self._in_body:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Refuse the request, or hand it to the app."""
@@ -120,6 +129,7 @@ class _Guarded(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body; that of a refused request is dropped."""
+        self._head_bytes = 0
         if not self._refused:
             super().on_body(body)
 

@@ -130,6 +130,23 @@ def test_as_many_requests_as_may_wait_are_answered_and_with_more_the_connection_
             assert eventually(lambda: model.queued == 0)
 
 
+def test_an_endless_trailer_is_cut_off_and_no_trailer_is_a_header(models: FakeModels) -> None:
+    with live(models, ServeSettings(port=0)) as url:
+        with connected(url) as connection:
+            body = b'f\r\n{"inputs": "a"}\r\n0\r\nx-request-id: trailer\r\n\r\n'
+            connection.sendall(post("/embed", body, "transfer-encoding: chunked", "connection: close"))
+            answer = received(connection)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"trailer" not in answer
+        for endless in (b"a:\r\n" * 4000, b"a" * 16_000):
+            with connected(url, 5) as connection, contextlib.suppress(ConnectionError):
+                connection.sendall(post("/embed", b"0\r\n", "transfer-encoding: chunked"))
+                started = time.monotonic()
+                while time.monotonic() - started < 5:
+                    connection.sendall(endless)
+                pytest.fail("the connection was not closed")
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_large_body_gets_its_413_and_the_connection_goes_on(models: FakeModels, declared: bool) -> None:
     body = b"a" * 3_000_000
