@@ -258,10 +258,11 @@ from fakes import every_task
 from effllm.serving.server import address, bind, run_app
 from effllm.serving.settings import ServeSettings
 logging.basicConfig(level=logging.INFO)
+logging.getLogger("uvicorn").setLevel(logging.WARNING)
 async def main():
     models = every_task()
-    models.models["minilm"].delay = 1.0
-    settings = ServeSettings(port=0, drain=10)
+    models.models["minilm"].delay = float(sys.argv[1])
+    settings = ServeSettings(port=0, drain=float(sys.argv[2]))
     listener = bind(settings)
     await run_app(models, settings, listener, lambda models, url: print(url, flush=True))
     await models.close()
@@ -271,10 +272,11 @@ asyncio.run(main())
 
 
 @pytest.fixture
-def process():
-    """A server in a process of its own, and its URL."""
+def process(request: pytest.FixtureRequest):
+    """A server in a process of its own, and its URL. Parameters: the seconds that an answer takes, and of the drain."""
+    delay, drain = getattr(request, "param", (1.0, 10))
     running = subprocess.Popen(
-        [sys.executable, "-c", PROCESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROCESS, str(delay), str(drain)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         yield running, running.stdout.readline().strip()
@@ -300,3 +302,23 @@ def test_signals_reload_and_drain(process) -> None:
     assert "reloaded: minilm, films" in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+@pytest.mark.parametrize("process", [(60, 1)], indirect=True)
+def test_what_the_drain_leaves_unanswered_gets_a_503_in_form(process) -> None:
+    running, url = process
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}/v1/embeddings", json={"input": "a"}, timeout=30))
+    )
+    asking.start()
+    assert eventually(lambda: 'effllm_queue_size{model="minilm"} 1.0' in httpx.get(f"{url}/metrics").text)
+    os.kill(running.pid, signal.SIGTERM)
+    asking.join(20)
+    _, log = running.communicate(timeout=20)
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["code"] == "not_ready"
+    assert answers[0].json()["error"]["message"] == "the server is shutting down"
+    assert "/v1/embeddings 503 " in log
+    assert "Traceback" not in log
