@@ -41,7 +41,6 @@ class Call:
     method: str
     path: str
     headers: Mapping[bytes, bytes]
-    client: str
     started: float
     parameters: Mapping[str, str] = field(default_factory=dict)
     template: str = "other"

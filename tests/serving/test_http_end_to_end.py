@@ -23,10 +23,13 @@ TEXT = "Ada lives in Paris, and the quick brown fox sleeps."
 
 
 @pytest.fixture(scope="module")
-def server(exported: dict[str, Path]) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`effllm serve` over all folders, one of them by a name of its own, and its URL."""
+def server(exported: dict[str, Path], tmp_path_factory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`effllm serve` over all folders, one of them by a name of its own, with a key, and its URL."""
+    key = tmp_path_factory.mktemp("key") / "key"
+    key.write_text("secret", encoding="utf-8")
     arguments = [str(folder) for folder in exported.values()] + [f"twin={exported['text-classification']}"]
     command = [sys.executable, "-m", "effllm", "serve", *arguments, "--port", "0", "--threads", "1"]
+    command += ["--api-key-file", str(key)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         table = ""
         while "serving on" not in table:
@@ -45,7 +48,7 @@ def predictor(exported: dict[str, Path], task: str) -> Predictor:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=60, headers={"authorization": "Bearer secret"}) as client:
         yield client
 
 
