@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-from urllib.parse import urlsplit
 
 import pydantic
 
@@ -49,10 +47,10 @@ async def metrics(shared: Shared, call: Call, body: None) -> Reply:
 async def reload(shared: Shared, call: Call, body: None) -> Reply:
     """Load the folders again and switch to those that changed; a folder that cannot be loaded is left as it was.
 
-    Without a key only for clients on this machine, and not for pages of other origins in their browsers.
+    Not without a key: what comes from this machine may have come to it from anywhere, through a proxy.
     """
-    if not shared.key and not _from_here(call):
-        raise HttpError(403, "forbidden", "without a key, only this machine may reload")
+    if not shared.key:
+        raise HttpError(403, "forbidden", "there is no --api-key-file, and without one only the signal SIGHUP reloads")
     name = call.parameters.get("name")
     try:
         changed = await shared.models.reload(name)
@@ -63,20 +61,3 @@ async def reload(shared: Shared, call: Call, body: None) -> Reply:
         ) from None
     log.info("reloaded: %s", ", ".join(changed) or "nothing changed")
     return json_reply({"reloaded": changed})
-
-
-def _from_here(call: Call) -> bool:
-    """Return whether a request comes from this machine, with no proxy and no page of another origin between.
-
-    The name that the client called must be this machine's too: a page can have its own name resolve to loopback.
-    """
-    host = call.headers.get(b"host", b"").decode("latin-1")
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        own = name == "localhost" or ipaddress.ip_address(name).is_loopback
-        here = ipaddress.ip_address(call.client.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
-    origin = call.headers.get(b"origin")
-    same = origin is None or origin.decode("latin-1").partition("://")[2] == host
-    return here and own and same and not call.headers.keys() & {b"forwarded", b"x-forwarded-for", b"x-real-ip"}

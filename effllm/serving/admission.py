@@ -59,7 +59,7 @@ class Admission:
     def refusal(self, scope: dict[str, Any]) -> Reply | None:
         """Return the answer to a request that no queue has room for, and note it; None lets the request in.
 
-        Of an ASGI scope it reads method, path, headers and client. Who has no key is let in, to be told so.
+        Of an ASGI scope it reads method, path and headers. Who has no key is let in, to be told so.
         """
         queue = self._queues.get(scope["path"])
         refusal = queue.full() if queue is not None and scope["method"] == "POST" else None
@@ -151,8 +151,7 @@ def call_of(scope: dict[str, Any]) -> Call:
     given = headers.get(b"x-request-id", b"")
     name = given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     method = scope["method"] if scope["method"] in METHODS else "OTHER"
-    client = scope.get("client") or ("", 0)
-    return Call(name, method, scope["path"], headers, client[0], time.perf_counter())
+    return Call(name, method, scope["path"], headers, time.perf_counter())
 
 
 def error_reply(call: Call, error: HttpError) -> Reply:

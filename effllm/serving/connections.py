@@ -1,10 +1,11 @@
 """What uvicorn leaves open at its connections: clients that send slowly, too much, or too many of them.
 
 uvicorn has no limit on how long a request's head may take or how large it may be. Here a connection has
-`read_timeout` seconds for each head (body and answer have their own limits in the app), a head at most `MAX_HEAD`
-bytes, and beyond `max_connections` a new connection gets 503 at once: not 429, which is said of a client's requests,
-and none has been read. A body that is refused unread is read away for `LINGER` seconds, so that the client can finish
-sending and read why. A client that does not read its answer for `timeout` seconds is cut off.
+`read_timeout` seconds for each head (body and answer have their own limits in the app), a head, and what stands
+between or after the parts of a body, at most `MAX_HEAD` bytes, and beyond `max_connections` a new connection gets 503
+at once: not 429, which is said of a client's requests, and none has been read. Requests sent ahead of the answers
+wait, at most `MAX_PIPELINED`. A body that is refused unread is read away for `LINGER` seconds, so that the client can
+finish sending and read why. A client that does not read its answer for `timeout` seconds is cut off.
 
 Under overload most requests are refused for their heads. The connection itself answers those, without uvicorn's cycle
 and task for a request.
@@ -16,13 +17,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from effllm.serving.exchange import Reply
 from effllm.serving.settings import ServeSettings
 
 MAX_HEAD = 65536
 LINGER = 2.0
+MAX_PIPELINED = 16
+"""The requests of one connection that wait for the answer to the one before them. With more it is cut off."""
 
 Refusal = Callable[[dict[str, Any]], Reply | None]
 """What a request of an ASGI scope is refused with; the scope holds what the head does."""
@@ -52,6 +55,7 @@ class _Guarded(HttpToolsProtocol):
     _in_body = False
     _head_bytes = 0
     _refused = False
+    _running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first head, or refuse the connection."""
@@ -62,10 +66,13 @@ class _Guarded(HttpToolsProtocol):
             self._start(self.read_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
+        """Stop the clocks, and tell the request that is being answered."""
         self._stop()
         self.resume_writing()
         super().connection_lost(exc)
+        if self._running is not None:  # uvicorn tells the last request of a connection only, which may be waiting
+            self._running.disconnected = not self._running.response_complete
+            self._running.message_event.set()
 
     def pause_writing(self) -> None:
         """Start the clock of a client that does not read."""
@@ -80,21 +87,35 @@ class _Guarded(HttpToolsProtocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head, and time what nobody waits for."""
+        """Count the bytes of a head or of what frames a body, and time what nobody waits for."""
         if self.transport.is_closing():
             return
+        self._head_bytes += len(data)
         if not self._in_body:
-            self._head_bytes += len(data)
             if self._timer is None and self._all_answered():
                 self._start(self.read_timeout)
         elif self._timer is None and self._all_answered():
             self._start(LINGER)
         super().data_received(data)
-        if not self._in_body and self._head_bytes > MAX_HEAD:
+        if self._head_bytes <= MAX_HEAD:
+            return
+        if self._in_body:
+            self.transport.abort()
+        else:
             self._refuse(b"431 Request Header Fields Too Large", b"the head of the request is too large")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; those that follow a body in chunks are dropped."""
+        if not self._in_body:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Refuse the request, or hand it to the app."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.transport.abort()
+        if self.transport.is_closing():
+            self._refused = True  # and so are its body and all that follow in the same packet
+            return
         self._stop()
         self._unset_keepalive_if_required()  # that of a refusal before it, in the same packet
         self._in_body = True
@@ -108,6 +129,7 @@ class _Guarded(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body; that of a refused request is dropped."""
+        self._head_bytes = 0
         if not self._refused:
             super().on_body(body)
 
@@ -129,6 +151,10 @@ class _Guarded(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection."""
         self._close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _all_answered(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

@@ -41,7 +41,6 @@ class Call:
     method: str
     path: str
     headers: Mapping[bytes, bytes]
-    client: str
     started: float
     parameters: Mapping[str, str] = field(default_factory=dict)
     template: str = "other"
@@ -131,7 +130,8 @@ def check_content_type(headers: Mapping[bytes, bytes], *, optional: bool = False
     """Raise HttpError 415 unless the body is plain JSON."""
     kind = headers.get(b"content-type", b"").decode("latin-1")
     name, _, parameters = kind.partition(";")
-    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
+    pairs = (parameter.strip().lower().partition("=") for parameter in parameters.split(";"))
+    charset = next((value.strip('"') for key, _, value in pairs if key == "charset"), "")
     if name.strip().lower() != "application/json" and not (optional and not name):
         raise HttpError(415, "content_type", f"the body must be application/json, not {kind[:80] or 'of no type'!r}")
     if charset not in {"", "utf-8", "utf8"}:

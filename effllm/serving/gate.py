@@ -13,7 +13,7 @@ from typing import Any
 from effllm.serving.admission import Admission, call_of, error_reply
 from effllm.serving.exchange import Call, Message, Receive, Reply, Send
 from effllm.serving.forms import ClientGone, HttpError, of_refusal
-from effllm.serving.refusals import Refused
+from effllm.serving.refusals import NotReady, Refused
 
 CALL = "effllm.call"
 """Where the scope keeps the `Call`."""
@@ -61,13 +61,7 @@ class Gate:
         self, scope: dict[str, Any], call: Call, receive: Receive, send: Send, status: Callable[[], int]
     ) -> None:
         try:
-            self._admission.check_key(call)
-            await self._app(scope, receive, send)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not call.gone or task is None or task.uncancel():
-                raise
-            raise ClientGone from None
+            await self._admitted(scope, call, receive, send, status)
         except (Refused, HttpError) as error:
             shown = of_refusal(error) if isinstance(error, Refused) else error
             await send_reply(error_reply(call, shown), send)
@@ -79,6 +73,21 @@ class Gate:
                 raise  # half of the answer is out: only closing the connection tells the client
             failed = HttpError(500, "internal_error", f"request {call.id} failed; see the log")
             await send_reply(error_reply(call, failed), send)
+
+    async def _admitted(
+        self, scope: dict[str, Any], call: Call, receive: Receive, send: Send, status: Callable[[], int]
+    ) -> None:
+        """Run the app. Raises ClientGone, and NotReady where it is cancelled because the server ends."""
+        try:
+            self._admission.check_key(call)
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            while task is not None and task.uncancel():
+                pass
+            if call.gone or status():  # half of an answer that was not read in time is not worth more of it
+                raise ClientGone from None
+            raise NotReady("the server is shutting down") from None
 
 
 async def send_reply(reply: Reply, send: Send) -> None:

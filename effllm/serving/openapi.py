@@ -28,7 +28,7 @@ MEANINGS = {
     200: "The answer.",
     400: "The body is not JSON or not UTF-8, an input is empty, or the model does not answer this.",
     401: "The key is missing or wrong.",
-    403: "Without a key, only this machine may reload.",
+    403: "The server has no key; without one only SIGHUP reloads.",
     404: "No such model.",
     408: "The body did not come in time.",
     409: "The folder cannot be loaded; the old model serves on.",

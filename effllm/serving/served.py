@@ -121,3 +121,6 @@ class Models(Protocol):
 
     async def close(self) -> None:
         """Refuse what is new, finish what was accepted within the drain time, and end the workers."""
+
+    def stop_waiting(self) -> None:
+        """Have `close`, running or to come, not finish what was accepted."""

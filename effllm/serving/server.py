@@ -35,8 +35,8 @@ def serve(folders: Mapping[str, Path], settings: ServeSettings, started: Started
     """Serve folders by name until SIGTERM or SIGINT.
 
     Then no connection is accepted any more, accepted requests are finished within `settings.drain` seconds, and it
-    returns. SIGHUP loads the folders again. Raises SettingError when the address is taken, ArtifactError when a folder
-    cannot be loaded.
+    returns; a second SIGTERM or SIGINT ends that wait. SIGHUP loads the folders again. Raises SettingError when the
+    address is taken, ArtifactError when a folder cannot be loaded.
     """
     key = settings.read_key()  # what is wrong with it should be known before models are loaded
     with contextlib.closing(bind(settings)) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -130,7 +130,9 @@ async def run_app(models: Models, settings: ServeSettings, listener: socket.sock
     loop, reloads = asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
     def _stop() -> None:
-        server.force_exit = server.should_exit  # asked twice: do not wait
+        if server.should_exit:  # asked twice
+            server.force_exit = True
+            models.stop_waiting()
         server.should_exit = True
 
     def _reload() -> None:

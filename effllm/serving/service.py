@@ -88,6 +88,7 @@ class Service:
         self._folders = dict(folders)
         self._settings = settings
         self._closing = False
+        self._waits = True
         self._retiring: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -156,9 +157,13 @@ class Service:
         self._closing = True
         await asyncio.gather(*(self._retire(model.instance) for model in self._opened.values()), *self._retiring)
 
+    def stop_waiting(self) -> None:
+        """Wait for no accepted request any more, in `close` and after a reload."""
+        self._waits = False
+
     async def _retire(self, instance: Instance) -> None:
         """Close an instance once its requests are answered, or the drain time is over."""
         end = time.monotonic() + self._settings.drain
-        while instance.queued and time.monotonic() < end:
+        while self._waits and instance.queued and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
         await instance.close()

@@ -8,6 +8,9 @@ from typing import Literal
 from effllm.errors import SettingError
 from effllm.settings import read_key
 
+LONGEST_S = 1_000_000
+"""Seconds of the longest wait that can be set: 11 days. The clocks of event loops overflow far above."""
+
 
 @dataclass(frozen=True)
 class ServeSettings:
@@ -34,8 +37,10 @@ class ServeSettings:
             if getattr(self, name) < least:
                 raise SettingError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         for name in ("read_timeout", "timeout", "drain"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= LONGEST_S:
+                raise SettingError(
+                    f"--{name.replace('_', '-')} must be above zero and at most {LONGEST_S}, got {getattr(self, name)}"
+                )
         if self.port > 65535:
             raise SettingError(f"--port must be at most 65535, got {self.port}")
         if self.max_queue < self.max_inputs:

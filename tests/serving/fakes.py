@@ -121,6 +121,7 @@ class FakeModels:
         self.reloads: list[str | None] = []
         self.reload_error: Exception | None = None
         self.closed = False
+        self.waits = True
 
     @property
     def ready(self) -> bool:
@@ -149,6 +150,9 @@ class FakeModels:
 
     async def close(self) -> None:
         self.draining = self.closed = True
+
+    def stop_waiting(self) -> None:
+        self.waits = False
 
 
 def every_task() -> FakeModels:

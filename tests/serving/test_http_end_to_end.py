@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +23,13 @@ TEXT = "Ada lives in Paris, and the quick brown fox sleeps."
 
 
 @pytest.fixture(scope="module")
-def server(exported: dict[str, Path]) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`effllm serve` over all folders, one of them by a name of its own, and its URL."""
+def server(exported: dict[str, Path], tmp_path_factory) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`effllm serve` over all folders, one of them by a name of its own, with a key, and its URL."""
+    key = tmp_path_factory.mktemp("key") / "key"
+    key.write_text("secret", encoding="utf-8")
     arguments = [str(folder) for folder in exported.values()] + [f"twin={exported['text-classification']}"]
     command = [sys.executable, "-m", "effllm", "serve", *arguments, "--port", "0", "--threads", "1"]
+    command += ["--api-key-file", str(key)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         table = ""
         while "serving on" not in table:
@@ -42,7 +48,7 @@ def predictor(exported: dict[str, Path], task: str) -> Predictor:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=60, headers={"authorization": "Bearer secret"}) as client:
         yield client
 
 
@@ -137,6 +143,43 @@ def test_a_damaged_folder_is_one_line_and_exit_2(exported, tmp_path: Path) -> No
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert "config.json" in line
+
+
+STUCK = """
+import os, signal, sys
+from pathlib import Path
+from effllm.serving.server import serve
+from effllm.serving.settings import ServeSettings
+def started(models, url):
+    os.kill(models.models["stuck"].instance.worker_pid, signal.SIGSTOP)
+    print(url, flush=True)
+if __name__ == "__main__":
+    serve({"stuck": Path(sys.argv[1])}, ServeSettings(port=0, threads=1, timeout=100, drain=100), started)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+def test_a_second_sigterm_does_not_wait(exported, client) -> None:
+    command = [sys.executable, "-c", STUCK, str(exported["text-classification"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            url, answers = running.stdout.readline().strip(), []
+            asking = threading.Thread(
+                target=lambda: answers.append(client.post(f"{url}/predict", json={"inputs": "a"}).status_code)
+            )
+            asking.start()
+            while 'effllm_queue_size{model="stuck"} 1.0' not in client.get(f"{url}/metrics").text:
+                time.sleep(0.01)
+            running.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(1)
+            assert running.returncode is None  # asked once, it waits
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(15) == 0
+            asking.join(15)
+            assert answers == [503]
+        finally:
+            running.kill()
 
 
 def test_reload_keeps_answering_and_sigterm_ends_with_0(server, client) -> None:

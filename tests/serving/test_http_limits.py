@@ -13,6 +13,7 @@ from fakes import FakeModels, every_task
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from effllm.errors import SettingError
 from effllm.serving import refusals
 from effllm.serving.app import create_app
 from effllm.serving.settings import ServeSettings
@@ -78,14 +79,23 @@ def test_a_bad_body_has_its_status_in_every_api(client: Client, path, api, body,
     assert says in in_form(api, answer)
 
 
+WITH_PARAMETERS = (
+    "application/json; odata=verbose",
+    "application/json; charset=utf-8; profile=x",
+    'application/json;profile=x;Charset="UTF-8"',
+    "application/json;",
+)
+OTHER = "application/json; profile=x; charset=latin-1"
+
+
 @pytest.mark.parametrize(("path", "api"), POSTS.items())
 def test_content_types_and_methods(client: Client, path: str, api: str) -> None:
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1", OTHER):
         answer = client.post(path, GOOD[path], headers={"content-type": kind})
         assert answer.status_code == 415
         in_form(api, answer)
     assert client.post(path, GOOD[path], headers={"content-encoding": "gzip"}).status_code == 415
-    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+    for kind in ("application/json; charset=utf-8", "Application/JSON", *WITH_PARAMETERS):
         assert client.post(path, GOOD[path], headers={"content-type": kind}).status_code == 200
     answer = client("PUT", path)
     assert answer.status_code == 405
@@ -94,6 +104,13 @@ def test_content_types_and_methods(client: Client, path: str, api: str) -> None:
     answer = client.get(path + "/more")
     assert answer.status_code == 404
     in_form(api, answer)
+
+
+@pytest.mark.parametrize("name", ["read_timeout", "timeout", "drain"])
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), 1e300, 0.0])
+def test_a_time_that_no_clock_can_hold_is_refused(name: str, seconds: float) -> None:
+    with pytest.raises(SettingError, match=f"^--{name.replace('_', '-')} must be above zero and at most"):
+        ServeSettings(**{name: seconds})
 
 
 def test_field_paths_lead_to_what_is_wrong(client: Client) -> None:

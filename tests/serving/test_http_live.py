@@ -23,6 +23,7 @@ from fakes import FakeModels, every_task
 from live import connected, live, received, seconds_until_cut_off
 
 from effllm.errors import SettingError
+from effllm.serving.connections import MAX_PIPELINED
 from effllm.serving.served import Answers, Result
 from effllm.serving.server import bind
 from effllm.serving.settings import ServeSettings
@@ -111,6 +112,39 @@ def test_pipelined_requests_are_answered_in_order(models: FakeModels) -> None:
         first, second = received(connection).split(b"HTTP/1.1 200 OK")[1:]
         assert b"[[" in first
         assert b'"label"' in second
+
+
+def test_as_many_requests_as_may_wait_are_answered_and_with_more_the_connection_ends(models: FakeModels) -> None:
+    model = models.models["minilm"]
+    ask = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with live(models, QUICK) as url:
+        with connected(url) as connection:
+            connection.sendall(ask * (1 + MAX_PIPELINED))
+            assert received(connection).count(b"HTTP/1.1 200 OK") == 1 + MAX_PIPELINED
+        model.delay = 30
+        with connected(url, 5) as connection:
+            connection.sendall(post("/embed", b'{"inputs": "a"}'))
+            assert eventually(lambda: model.queued == 1)
+            connection.sendall(ask * 1000)
+            assert received(connection) == b""
+            assert eventually(lambda: model.queued == 0)
+
+
+def test_an_endless_trailer_is_cut_off_and_no_trailer_is_a_header(models: FakeModels) -> None:
+    with live(models, ServeSettings(port=0)) as url:
+        with connected(url) as connection:
+            body = b'f\r\n{"inputs": "a"}\r\n0\r\nx-request-id: trailer\r\n\r\n'
+            connection.sendall(post("/embed", body, "transfer-encoding: chunked", "connection: close"))
+            answer = received(connection)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"trailer" not in answer
+        for endless in (b"a:\r\n" * 4000, b"a" * 16_000):
+            with connected(url, 5) as connection, contextlib.suppress(ConnectionError):
+                connection.sendall(post("/embed", b"0\r\n", "transfer-encoding: chunked"))
+                started = time.monotonic()
+                while time.monotonic() - started < 5:
+                    connection.sendall(endless)
+                pytest.fail("the connection was not closed")
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -224,10 +258,11 @@ from fakes import every_task
 from effllm.serving.server import address, bind, run_app
 from effllm.serving.settings import ServeSettings
 logging.basicConfig(level=logging.INFO)
+logging.getLogger("uvicorn").setLevel(logging.WARNING)
 async def main():
     models = every_task()
-    models.models["minilm"].delay = 1.0
-    settings = ServeSettings(port=0, drain=10)
+    models.models["minilm"].delay = float(sys.argv[1])
+    settings = ServeSettings(port=0, drain=float(sys.argv[2]))
     listener = bind(settings)
     await run_app(models, settings, listener, lambda models, url: print(url, flush=True))
     await models.close()
@@ -237,10 +272,11 @@ asyncio.run(main())
 
 
 @pytest.fixture
-def process():
-    """A server in a process of its own, and its URL."""
+def process(request: pytest.FixtureRequest):
+    """A server in a process of its own, and its URL. Parameters: the seconds that an answer takes, and of the drain."""
+    delay, drain = getattr(request, "param", (1.0, 10))
     running = subprocess.Popen(
-        [sys.executable, "-c", PROCESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROCESS, str(delay), str(drain)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         yield running, running.stdout.readline().strip()
@@ -266,3 +302,23 @@ def test_signals_reload_and_drain(process) -> None:
     assert "reloaded: minilm, films" in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+@pytest.mark.parametrize("process", [(60, 1)], indirect=True)
+def test_what_the_drain_leaves_unanswered_gets_a_503_in_form(process) -> None:
+    running, url = process
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}/v1/embeddings", json={"input": "a"}, timeout=30))
+    )
+    asking.start()
+    assert eventually(lambda: 'effllm_queue_size{model="minilm"} 1.0' in httpx.get(f"{url}/metrics").text)
+    os.kill(running.pid, signal.SIGTERM)
+    asking.join(20)
+    _, log = running.communicate(timeout=20)
+    assert answers[0].status_code == 503
+    assert answers[0].json()["error"]["code"] == "not_ready"
+    assert answers[0].json()["error"]["message"] == "the server is shutting down"
+    assert "/v1/embeddings 503 " in log
+    assert "Traceback" not in log

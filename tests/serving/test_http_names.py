@@ -51,7 +51,8 @@ def test_names_that_cannot_be_are_refused(arguments: list[str]) -> None:
     [
         (["--port", "70000"], "--port must be at most 65535"),
         (["--max-queue", "5"], "--max-queue (5) must be at least --max-inputs"),
-        (["--read-timeout", "0"], "--read-timeout must be positive"),
+        (["--read-timeout", "0"], "--read-timeout must be above zero and at most"),
+        (["--drain", "inf"], "--drain"),
         (["--max-connections", "0"], "--max-connections must be at least 1"),
         (["--api-key-file", "/nowhere/key"], "--api-key-file /nowhere/key cannot be read"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
