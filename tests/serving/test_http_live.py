@@ -276,7 +276,10 @@ def process(request: pytest.FixtureRequest):
     """A server in a process of its own, and its URL. Parameters: the seconds that an answer takes, and of the drain."""
     delay, drain = getattr(request, "param", (1.0, 10))
     running = subprocess.Popen(
-        [sys.executable, "-c", PROCESS, str(delay), str(drain)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROCESS, str(delay), str(drain)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         yield running, running.stdout.readline().strip()
