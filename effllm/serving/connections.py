@@ -5,7 +5,8 @@ uvicorn has no limit on how long a request's head may take or how large it may b
 between or after the parts of a body, at most `MAX_HEAD` bytes, and beyond `max_connections` a new connection gets 503
 at once: not 429, which is said of a client's requests, and none has been read. Requests sent ahead of the answers
 wait, at most `MAX_PIPELINED`. A body that is refused unread is read away for `LINGER` seconds, so that the client can
-finish sending and read why. A client that does not read its answer for `timeout` seconds is cut off.
+finish sending and read why. A client that reads nothing for `timeout` seconds is cut off, and one
+that has not read its answer after these and what it takes at `MIN_RATE`.
 
 Under overload most requests are refused for their heads. The connection itself answers those, without uvicorn's cycle
 and task for a request.
@@ -24,6 +25,8 @@ from effllm.serving.settings import ServeSettings
 
 MAX_HEAD = 65536
 LINGER = 2.0
+MIN_RATE = 50_000
+"""Bytes a second that a client should read of an answer: it has `timeout` seconds, and the time that this takes."""
 MAX_PIPELINED = 16
 """The requests of one connection that wait for the answer to the one before them. With more it is cut off."""
 
@@ -52,6 +55,7 @@ class _Guarded(HttpToolsProtocol):
     write_timeout: float
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _read_by: float | None = None
     _in_body = False
     _head_bytes = 0
     _refused = False
@@ -68,23 +72,37 @@ class _Guarded(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and tell the request that is being answered."""
         self._stop()
-        self.resume_writing()
+        self._stop_unread()
         super().connection_lost(exc)
         if self._running is not None:  # uvicorn tells the last request of a connection only, which may be waiting
             self._running.disconnected = not self._running.response_complete
             self._running.message_event.set()
 
     def pause_writing(self) -> None:
-        """Start the clock of a client that does not read."""
+        """Start the clock of a client that does not read, or not fast enough for the whole answer."""
         super().pause_writing()
-        self._unread = self.loop.call_later(self.write_timeout, self.transport.abort)
+        now = self.loop.time()
+        if self._read_by is None:
+            left = self.transport.get_write_buffer_size()
+            if self._running is not None:
+                left += self._running.expected_content_length
+            self._read_by = now + self.write_timeout + left / MIN_RATE
+        seconds = min(self.write_timeout, max(0.0, self._read_by - now))
+        self._unread = self.loop.call_later(seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop it."""
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+        """Stop it; while more of the answer is to come, its time goes on."""
+        self._stop_unread()
         super().resume_writing()
+        running = self._running
+        if running is None or running.response_complete or not running.response_started:
+            self._read_by = None
+
+    def on_response_complete(self) -> None:
+        """Forget the answer's time where the client has read nearly all of it, and begin the next request."""
+        if not self.flow.write_paused:
+            self._read_by = None
+        super().on_response_complete()
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head or of what frames a body, and time what nobody waits for."""
@@ -189,6 +207,11 @@ class _Guarded(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _expired(self) -> None:
         self._timer = None

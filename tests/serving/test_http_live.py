@@ -23,6 +23,7 @@ from fakes import FakeModels, every_task
 from live import connected, live, received, seconds_until_cut_off
 
 from effllm.errors import SettingError
+from effllm.serving import connections
 from effllm.serving.connections import MAX_PIPELINED
 from effllm.serving.served import Answers, Result
 from effllm.serving.server import bind
@@ -221,6 +222,30 @@ def test_a_client_that_goes_while_its_body_comes_is_let_go(models, caplog) -> No
             connection.sendall(post("/embed", b'{"inputs"', length=100))
         assert eventually(lambda: " 499 " in caplog.text)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(("rate", "whole"), [(10_000_000, False), (1_000_000, True)])
+def test_a_client_that_reads_slowly_has_a_time_for_the_whole_answer(
+    models: FakeModels, monkeypatch: pytest.MonkeyPatch, rate: int, whole: bool
+) -> None:
+    monkeypatch.setattr(connections, "MIN_RATE", rate)
+    values = Answers([Result(np.full((64, 50_000), 1.5, np.float32), 64, 0)], 0.0, 0.0, 0.0)
+
+    async def answer(*_: object, **__: object) -> Answers:
+        return values
+
+    models.models["minilm"].answer = answer
+    with live(models, dataclasses.replace(QUICK, timeout=2)) as url, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        slow.settimeout(20)
+        slow.connect((urlsplit(url).hostname, urlsplit(url).port))
+        slow.sendall(post("/embed_all", b'{"inputs": "a"}', "connection: close"))
+        size = 0
+        with contextlib.suppress(ConnectionError):
+            while part := slow.recv(65536, socket.MSG_WAITALL):  # 1.6 MB/s at most, and never 2 s without a byte
+                size += len(part)
+                time.sleep(0.04)
+        assert (size > 64 * 50_000 * 4) is whole
 
 
 def test_a_client_that_does_not_read_is_cut_off(models: FakeModels) -> None:
