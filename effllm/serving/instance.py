@@ -311,7 +311,7 @@ class Instance:
             await asyncio.sleep(BACK_OFF_S[min(self._deaths, len(BACK_OFF_S)) - 1])
             try:
                 worker, _ = await asyncio.to_thread(_start, self._worker_settings)
-            except EffllmError:
+            except Exception:  # besides a folder that does not load: no process, descriptor or memory to be had now
                 self._deaths += 1
                 logger.exception("the worker of %s cannot be started", self.info.name)
                 continue

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from effllm.serving.refusals import (
 from effllm.serving.served import POOLED, TOKEN_STATES
 from effllm.serving.service import Service
 from effllm.serving.settings import ServeSettings
-from effllm.serving.worker import PieceFailed, Ran
+from effllm.serving.worker import PieceFailed, Ran, Worker, WorkerSettings
 from effllm.tasks import Example
 
 TEXTS = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(20)]
@@ -230,6 +233,38 @@ def test_what_a_killed_worker_ran_is_answered_by_the_next_one(folders: dict[str,
         assert model.restarts == 1
 
     run(classifier(folders), test)
+
+
+def test_a_worker_comes_back_once_the_machine_can_start_processes_again(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failures = SpawnProcess.start, [errno.EMFILE, errno.EAGAIN]
+
+    def refused(process: SpawnProcess) -> None:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        start(process)
+
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        monkeypatch.setattr(SpawnProcess, "start", refused)
+        os.kill(model.instance.worker_pid, signal.SIGKILL)
+        assert (await model.answer([Example("a")], deadline_s=20)).results
+        assert not failures
+
+    run(classifier(folders), test)
+
+
+def test_a_worker_that_cannot_be_started_keeps_no_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refused(process: SpawnProcess) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    ends = socket.socketpair()
+    monkeypatch.setattr(SpawnProcess, "start", refused)
+    monkeypatch.setattr(socket, "socketpair", lambda: ends)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        Worker(WorkerSettings(tmp_path, "model", "onnxruntime", 1))
+    assert [end.fileno() for end in ends] == [-1, -1]
 
 
 def test_an_input_that_kills_two_workers_is_refused_and_its_neighbours_are_not(
