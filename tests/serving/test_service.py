@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from multiprocessing.context import SpawnProcess
@@ -388,3 +389,44 @@ def test_tokens_are_told_as_the_model_sees_them(folders: dict[str, Path]) -> Non
         assert (tokens[2].start, tokens[2].stop) == (len(WORDS[0]) + 1, len(WORDS[0]) + 1 + len(WORDS[1]))
 
     run(classifier(folders), test)
+
+
+def test_tokenising_has_few_places_of_its_own_a_deadline_and_a_bound(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effllm.serving.instance.TOKENISED_TOKENS", 3000, raising=False)
+
+    async def test(service: Service) -> None:
+        model, busy = service.find(None), threading.Event()
+        with pytest.raises(TooLong, match="more than 3000 tokens"):
+            await model.tokenise([WORDS[0], f"{WORDS[0]} " * 3000])
+        model.instance._thread.submit(busy.wait, 20)
+        long = f"{WORDS[0]} " * 2000
+        waiting = [asyncio.create_task(model.tokenise([long])) for _ in range(5)]
+        await asyncio.sleep(0)
+        got = await asyncio.gather(*waiting, return_exceptions=True)
+        busy.set()
+        assert [type(each) for each in got] == [DeadlinePassed] * 4 + [QueueFull]
+        assert len((await model.tokenise([long]))[0]) == 2002
+
+    run(classifier(folders), test, ServeSettings(threads=1, timeout=2))
+
+
+def test_windows_take_places_and_one_input_makes_only_so_many(folders: dict[str, Path]) -> None:
+    passage = " ".join(WORDS) * 20
+
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        with pytest.raises(TooLong, match="input 1 makes .* windows, at most 128"):
+            await model.answer([Example(WORDS[0], WORDS[1]), Example(WORDS[0], passage * 20)])
+        stop(model.instance.worker_pid)
+        alone = asyncio.create_task(model.answer([Example(WORDS[0], passage)]))
+        await asyncio.sleep(0.5)
+        assert model.queued > 4
+        with pytest.raises(QueueFull):
+            await model.answer([Example(WORDS[0], WORDS[1])])
+        os.kill(model.instance.worker_pid, signal.SIGCONT)
+        assert (await alone).results
+        assert model.queued == 0
+
+    run({"qa": folders["question-answering"]}, test, ServeSettings(threads=1, max_queue=4, max_inputs=4))
