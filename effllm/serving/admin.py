@@ -23,7 +23,7 @@ class Health(pydantic.BaseModel):
 
 
 class Reloaded(pydantic.BaseModel):
-    """The models that changed."""
+    """The models that were loaded again."""
 
     reloaded: list[str]
 
@@ -47,7 +47,7 @@ async def metrics(shared: Shared, call: Call, body: None) -> Reply:
 
 
 async def reload(shared: Shared, call: Call, body: None) -> Reply:
-    """Load the folders again and switch to those that changed; a folder that cannot be loaded is left as it was.
+    """Load the folders again and switch to them; where one cannot be loaded the old model serves on.
 
     Without a key only for clients on this machine, and not for pages of other origins in their browsers.
     """
@@ -58,10 +58,9 @@ async def reload(shared: Shared, call: Call, body: None) -> Reply:
         changed = await shared.models.reload(name)
     except EffllmError as error:
         log.error("reload refused: %s", error)
-        raise HttpError(
-            409, "reload_refused", f"the folder cannot be loaded, the old model serves on: {error}"
-        ) from None
-    log.info("reloaded: %s", ", ".join(changed) or "nothing changed")
+        message = f"not all could be loaded, the old models of these serve on: {error}"
+        raise HttpError(409, "reload_refused", message) from None
+    log.info("reloaded: %s", ", ".join(changed))
     return json_reply({"reloaded": changed})
 
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from effllm.errors import EffllmError
@@ -51,9 +51,21 @@ class _Request:
     added_s: float
     values: list[Any]
     missing: int
-    started_s: float = 0.0
-    infer_s: float = 0.0
-    queued_s: float = 0.0
+    spans: set[tuple[float, float]] = field(default_factory=set)
+
+    @property
+    def queued_s(self) -> float:
+        """The time until its first batch began."""
+        return max(0.0, min(self.spans)[0] - self.added_s) if self.spans else 0.0
+
+    @property
+    def infer_s(self) -> float:
+        """The time in which at least one of its batches ran."""
+        total, last = 0.0, 0.0
+        for start, end in sorted(self.spans):
+            total += max(0.0, end - max(start, last))
+            last = max(last, end)
+        return total
 
 
 @dataclass
@@ -302,12 +314,9 @@ class Instance:
             self.counts.tokens += len(request.pieces[index].encoding)
             request.values[index] = value
             request.missing -= 1
-            request.infer_s += ran.ended_s - ran.started_s if request.started_s != ran.started_s else 0.0
-            request.started_s = ran.started_s
-            if not request.missing:
-                request.queued_s = max(0.0, ran.started_s - request.added_s)
-                if not request.done.done():
-                    request.done.set_result(None)
+            request.spans.add((ran.started_s, ran.ended_s))
+            if not request.missing and not request.done.done():
+                request.done.set_result(None)
         self.counts.batches += 1
         self.counts.busy_s += time.monotonic() - self._busy_from
         self._busy_from = time.monotonic()
