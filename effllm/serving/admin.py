@@ -21,7 +21,7 @@ class Health(pydantic.BaseModel):
 
 
 class Reloaded(pydantic.BaseModel):
-    """The models that changed."""
+    """The models that were loaded again."""
 
     reloaded: list[str]
 
@@ -45,7 +45,7 @@ async def metrics(shared: Shared, call: Call, body: None) -> Reply:
 
 
 async def reload(shared: Shared, call: Call, body: None) -> Reply:
-    """Load the folders again and switch to those that changed; a folder that cannot be loaded is left as it was.
+    """Load the folders again and switch to them; where one cannot be loaded the old model serves on.
 
     Not without a key: what comes from this machine may have come to it from anywhere, through a proxy.
     """
@@ -56,8 +56,7 @@ async def reload(shared: Shared, call: Call, body: None) -> Reply:
         changed = await shared.models.reload(name)
     except EffllmError as error:
         log.error("reload refused: %s", error)
-        raise HttpError(
-            409, "reload_refused", f"the folder cannot be loaded, the old model serves on: {error}"
-        ) from None
-    log.info("reloaded: %s", ", ".join(changed) or "nothing changed")
+        message = f"not all could be loaded, the old models of these serve on: {error}"
+        raise HttpError(409, "reload_refused", message) from None
+    log.info("reloaded: %s", ", ".join(changed))
     return json_reply({"reloaded": changed})

@@ -5,8 +5,8 @@ uvicorn has no limit on how long a request's head may take or how large it may b
 between or after the parts of a body, at most `MAX_HEAD` bytes, and beyond `max_connections` a new connection gets 503
 at once: not 429, which is said of a client's requests, and none has been read. Requests sent ahead of the answers
 wait, at most `MAX_PIPELINED`. A body that is refused unread is read away for `LINGER` seconds, so that the client can
-finish sending and read why. A client that reads nothing for `timeout` seconds is cut off, and one
-that has not read its answer after these and what it takes at `MIN_RATE`.
+finish sending and read why. A client that reads nothing for `timeout` seconds is cut off, and one that has not read its
+answer after these and the time that it takes at `MIN_RATE`.
 
 Under overload most requests are refused for their heads. The connection itself answers those, without uvicorn's cycle
 and task for a request.

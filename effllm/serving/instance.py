@@ -8,9 +8,9 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from effllm.errors import EffllmError
@@ -32,6 +32,12 @@ INLINE_CHARACTERS = 4000
 """Requests with fewer characters are tokenised at once; a thread for the others lets the server go on meanwhile."""
 BACK_OFF_S = (0.0, 0.1, 0.5, 2.0, 10.0)
 """How long to wait before a worker that died is started again: the first, second, … time without an answer between."""
+TOKENISING = 4
+"""The calls of `tokenise` that one model has under way; they have these places of their own, not the queue's."""
+TOKENISED_TOKENS = 100_000
+"""The most tokens that one call of `tokenise` tells: each is an object here and some 60 bytes of the answer."""
+MAX_WINDOWS = 128
+"""The most windows that one input may make; 128 of 384 tokens are a passage of some 30,000."""
 PATIENCE = 3
 """Deaths in a row after which new requests are refused until the worker is back."""
 
@@ -45,9 +51,21 @@ class _Request:
     added_s: float
     values: list[Any]
     missing: int
-    started_s: float = 0.0
-    infer_s: float = 0.0
-    queued_s: float = 0.0
+    spans: set[tuple[float, float]] = field(default_factory=set)
+
+    @property
+    def queued_s(self) -> float:
+        """The time until its first batch began."""
+        return max(0.0, min(self.spans)[0] - self.added_s) if self.spans else 0.0
+
+    @property
+    def infer_s(self) -> float:
+        """The time in which at least one of its batches ran."""
+        total, last = 0.0, 0.0
+        for start, end in sorted(self.spans):
+            total += max(0.0, end - max(start, last))
+            last = max(last, end)
+        return total
 
 
 @dataclass
@@ -79,6 +97,7 @@ class Instance:
         self._ids = itertools.count()
         self._waiting_inputs = 0
         self._waiting_tokens = 0
+        self._tokenising = 0
         self._running: dict[int, list[tuple[int, int]]] = {}
         self._busy_from = 0.0
         self._suspects: deque[tuple[int, int]] = deque()
@@ -101,7 +120,7 @@ class Instance:
 
     @property
     def queued(self) -> int:
-        """The inputs that were accepted and are not done."""
+        """The inputs that were accepted and are not done; of those tokenised each window counts."""
         return self._waiting_inputs
 
     def full(self, count: int = 1) -> QueueFull | None:
@@ -125,20 +144,33 @@ class Instance:
         self._admit(len(examples))
         try:
             limit = min(deadline_s or self._settings.timeout, self._settings.timeout)
-            async with asyncio.timeout(limit):
-                return await self._answer(examples, task or self.info.task, truncate=truncate)
-        except TimeoutError:
-            raise DeadlinePassed(f"not answered within {limit:g} s") from None
+            return await _within(limit, self._answer(examples, task or self.info.task, truncate=truncate))
         finally:
             self._waiting_inputs -= len(examples)
 
     async def tokenise(self, texts: Sequence[str]) -> list[list[TokenPiece]]:
-        """Return the tokens of each text, not truncated."""
+        """Return the tokens of each text, not truncated.
+
+        Raises TooLong beyond 100,000 tokens, QueueFull where 4 other calls are under way, and DeadlinePassed.
+        """
 
         def tokens(tokenizer: TextTokenizer) -> list[list[TokenPiece]]:
-            return [[TokenPiece(*piece) for piece in tokenizer.pieces(text)] for text in texts]
+            found, room = [], TOKENISED_TOKENS
+            for index, text in enumerate(texts):
+                pieces = tokenizer.pieces(text)
+                room -= len(pieces)
+                if room < 0:
+                    raise TooLong(f"the texts up to input {index} have more than {TOKENISED_TOKENS} tokens", index)
+                found.append([TokenPiece(*piece) for piece in pieces])
+            return found
 
-        return await self._tokenised(tokens, sum(map(len, texts)))
+        if self._tokenising >= TOKENISING:
+            raise QueueFull(f"{self._tokenising} requests tokenise with {self.info.name} already", 1.0)
+        self._tokenising += 1
+        try:
+            return await _within(self._settings.timeout, self._tokenised(tokens, sum(map(len, texts))))
+        finally:
+            self._tokenising -= 1
 
     async def close(self) -> None:
         """End the worker. Requests that are under way are refused."""
@@ -171,7 +203,16 @@ class Instance:
             for encoding in group
         ]
         tokenised = time.monotonic()
-        request = await self._run(pieces)
+        more = len(pieces) - len(examples)
+        # A request that has the queue for itself is answered however many windows it makes.
+        refusal = self.full(more) if more and self._waiting_inputs > len(examples) else None
+        if refusal:
+            raise refusal
+        self._waiting_inputs += more
+        try:
+            request = await self._run(pieces)
+        finally:
+            self._waiting_inputs -= more
         values, results = iter(request.values), []
         for example, group in zip(examples, groups, strict=True):
             own = [next(values) for _ in group]
@@ -183,7 +224,7 @@ class Instance:
         return Answers(results, request.queued_s, tokenised - began, request.infer_s)
 
     async def _encode(self, examples: Sequence[Example], kind: str) -> list[list[Encoding]]:
-        """Tokenise. Raises BadInput naming the example that cannot be."""
+        """Tokenise. Raises BadInput naming the example that cannot be, TooLong that with too many windows."""
         task = TASKS.get(kind, TASKS["feature-extraction"])
 
         def encode(tokenizer: TextTokenizer) -> list[list[Encoding]]:
@@ -193,6 +234,9 @@ class Instance:
                     groups.append(task.encode(tokenizer, example))
                 except (UnicodeError, TypeError, ValueError, EffllmError) as error:
                     raise BadInput(f"input {index} cannot be tokenised: {error}", index) from None
+                if len(groups[-1]) > MAX_WINDOWS:
+                    message = f"input {index} makes {len(groups[-1])} windows, at most {MAX_WINDOWS} are taken"
+                    raise TooLong(message, index)
             return groups
 
         characters = sum(
@@ -270,12 +314,9 @@ class Instance:
             self.counts.tokens += len(request.pieces[index].encoding)
             request.values[index] = value
             request.missing -= 1
-            request.infer_s += ran.ended_s - ran.started_s if request.started_s != ran.started_s else 0.0
-            request.started_s = ran.started_s
-            if not request.missing:
-                request.queued_s = max(0.0, ran.started_s - request.added_s)
-                if not request.done.done():
-                    request.done.set_result(None)
+            request.spans.add((ran.started_s, ran.ended_s))
+            if not request.missing and not request.done.done():
+                request.done.set_result(None)
         self.counts.batches += 1
         self.counts.busy_s += time.monotonic() - self._busy_from
         self._busy_from = time.monotonic()
@@ -311,7 +352,7 @@ class Instance:
             await asyncio.sleep(BACK_OFF_S[min(self._deaths, len(BACK_OFF_S)) - 1])
             try:
                 worker, _ = await asyncio.to_thread(_start, self._worker_settings)
-            except EffllmError:
+            except Exception:  # besides a folder that does not load: no process, descriptor or memory to be had now
                 self._deaths += 1
                 logger.exception("the worker of %s cannot be started", self.info.name)
                 continue
@@ -323,6 +364,15 @@ class Instance:
         self._scheduler.remove(number)
         if request is not None and not request.done.done():
             request.done.set_exception(refusal)
+
+
+async def _within(seconds: float, answer: Awaitable[T]) -> T:
+    """Wait for an answer. Raises DeadlinePassed when it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except TimeoutError:
+        raise DeadlinePassed(f"not answered within {seconds:g} s") from None
 
 
 def _start(settings: WorkerSettings) -> tuple[Worker, Hello]:

@@ -10,6 +10,8 @@ from effllm.serving.forms import Api
 
 OF_MODELS = (404, 503)
 """The statuses that every request to a model can get, besides those of every body and, where it is queued, 429, 504."""
+OF_PLACES = (429, 504)
+"""The statuses of a request that takes a place, though none in its model's queue."""
 FORBIDDEN = 403
 
 Matrix = list[list[float]]
@@ -52,7 +54,7 @@ def _tei() -> list[Operation]:
                     tag,
                     body=body,
                     reply=reply,
-                    errors=OF_MODELS,
+                    errors=OF_MODELS if queued else (*OF_MODELS, *OF_PLACES),
                     queued=queued,
                 )
             )

@@ -114,9 +114,10 @@ class Models(Protocol):
         """Return the model of that name, or the first that answers one of the tasks; raises UnknownModel, WrongTask."""
 
     async def reload(self, name: str | None = None) -> list[str]:
-        """Load folders again and switch when the new worker answers; returns the names of the models that changed.
+        """Load folders again, changed or not, and switch when the new worker answers; returns the names.
 
-        A folder that cannot be loaded leaves the old model serving and raises its ArtifactError.
+        All are tried. Where one cannot be loaded its old model serves on; an ArtifactError at the end names which
+        could not, why, and which were loaded. One reload runs after another.
         """
 
     async def close(self) -> None:

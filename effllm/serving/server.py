@@ -164,8 +164,8 @@ async def _reload_models(models: Models) -> None:
     try:
         changed = await models.reload()
     except EffllmError as error:
-        log.error("reload refused, the old models serve on: %s", error)
+        log.error("not all could be loaded, the old models of these serve on: %s", error)
     except Exception:
         log.exception("reload failed, the old models serve on")
     else:
-        log.info("reloaded: %s", ", ".join(changed) or "nothing changed")
+        log.info("reloaded: %s", ", ".join(changed))

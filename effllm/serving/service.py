@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self, get_args, get_type_hints
 
 from effllm import machine
-from effllm.errors import SettingError
+from effllm.errors import ArtifactError, SettingError, first_line
 from effllm.serving.instance import KINDS, Instance
 from effllm.serving.refusals import NotReady, QueueFull, TooMany, UnknownModel, WrongTask
 from effllm.serving.served import Answers, ModelInfo, ServedModel, TokenPiece
@@ -88,7 +89,8 @@ class Service:
         self._folders = dict(folders)
         self._settings = settings
         self._closing = False
-        self._waits = True
+        self._reloading = asyncio.Lock()
+        self._end_s = math.inf
         self._retiring: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -140,30 +142,45 @@ class Service:
 
     async def reload(self, name: str | None = None) -> list[str]:
         """Load folders again and switch to them; see `served.Models`."""
-        changed = []
-        for each in [name] if name is not None else list(self._opened):
-            model = self.find(each)
-            instance = await Instance.open(self._folders[each], self._settings)
-            before = model.switch(instance)
-            task = asyncio.get_running_loop().create_task(self._retire(before))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-            changed.append(each)
-            logger.info("%s was loaded again", each)
-        return changed
+        async with self._reloading:
+            loaded, refused = [], {}
+            for each in [name] if name is not None else list(self._opened):
+                model = self.find(each)
+                try:
+                    instance = await Instance.open(self._folders[each], self._settings)
+                except Exception as error:  # the other folders are tried all the same
+                    refused[each] = first_line(error)
+                    continue
+                self._retire_later(model.switch(instance))
+                loaded.append(each)
+                logger.info("%s was loaded again", each)
+        if refused:
+            errors = "; ".join(f"{each}: {error}" for each, error in refused.items())
+            raise ArtifactError(f"{errors}; loaded again: {', '.join(loaded) or 'none'}")
+        return loaded
+
+    def _retire_later(self, instance: Instance) -> None:
+        """Close an instance when its requests are answered; they may take the time that they were accepted for."""
+        seconds = max(self._settings.drain, self._settings.timeout)
+        task = asyncio.get_running_loop().create_task(self._retire(instance, seconds))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
         """Refuse what is new, finish what was accepted within the drain time, and end the workers."""
         self._closing = True
-        await asyncio.gather(*(self._retire(model.instance) for model in self._opened.values()), *self._retiring)
+        self._end_s = min(self._end_s, time.monotonic() + self._settings.drain)
+        await asyncio.gather(
+            *(self._retire(model.instance, self._settings.drain) for model in self._opened.values()), *self._retiring
+        )
 
     def stop_waiting(self) -> None:
         """Wait for no accepted request any more, in `close` and after a reload."""
-        self._waits = False
+        self._end_s = -math.inf
 
-    async def _retire(self, instance: Instance) -> None:
-        """Close an instance once its requests are answered, or the drain time is over."""
-        end = time.monotonic() + self._settings.drain
-        while self._waits and instance.queued and time.monotonic() < end:
+    async def _retire(self, instance: Instance, seconds: float) -> None:
+        """Close an instance once its requests are answered, so many seconds or the server's drain time are over."""
+        end = time.monotonic() + seconds
+        while instance.queued and time.monotonic() < min(end, self._end_s):
             await asyncio.sleep(POLL_S)
         await instance.close()

@@ -74,14 +74,19 @@ class PieceFailed:
 
 
 class Worker:
-    """A worker process as its parent sees it."""
+    """A worker process as its parent sees it. Making one raises OSError where the machine can start no process."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._socket, theirs = socket.socketpair()
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(target=_work, args=(theirs, settings), daemon=True, name=settings.name)
-        self._process.start()
-        theirs.close()
+        try:
+            self._process.start()
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
         self._end: LoopEnd | None = None
 
     @property

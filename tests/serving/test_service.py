@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
+import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,7 @@ from effllm.serving.refusals import (
 from effllm.serving.served import POOLED, TOKEN_STATES
 from effllm.serving.service import Service
 from effllm.serving.settings import ServeSettings
-from effllm.serving.worker import PieceFailed, Ran
+from effllm.serving.worker import PieceFailed, Ran, Worker, WorkerSettings
 from effllm.tasks import Example
 
 TEXTS = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(20)]
@@ -232,6 +236,38 @@ def test_what_a_killed_worker_ran_is_answered_by_the_next_one(folders: dict[str,
     run(classifier(folders), test)
 
 
+def test_a_worker_comes_back_once_the_machine_can_start_processes_again(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failures = SpawnProcess.start, [errno.EMFILE, errno.EAGAIN]
+
+    def refused(process: SpawnProcess) -> None:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        start(process)
+
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        monkeypatch.setattr(SpawnProcess, "start", refused)
+        os.kill(model.instance.worker_pid, signal.SIGKILL)
+        assert (await model.answer([Example("a")], deadline_s=20)).results
+        assert not failures
+
+    run(classifier(folders), test)
+
+
+def test_a_worker_that_cannot_be_started_keeps_no_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refused(process: SpawnProcess) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    ends = socket.socketpair()
+    monkeypatch.setattr(SpawnProcess, "start", refused)
+    monkeypatch.setattr(socket, "socketpair", lambda: ends)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        Worker(WorkerSettings(tmp_path, "model", "onnxruntime", 1))
+    assert [end.fileno() for end in ends] == [-1, -1]
+
+
 def test_an_input_that_kills_two_workers_is_refused_and_its_neighbours_are_not(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,3 +389,132 @@ def test_tokens_are_told_as_the_model_sees_them(folders: dict[str, Path]) -> Non
         assert (tokens[2].start, tokens[2].stop) == (len(WORDS[0]) + 1, len(WORDS[0]) + 1 + len(WORDS[1]))
 
     run(classifier(folders), test)
+
+
+def test_tokenising_has_few_places_of_its_own_a_deadline_and_a_bound(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effllm.serving.instance.TOKENISED_TOKENS", 3000, raising=False)
+
+    async def test(service: Service) -> None:
+        model, busy = service.find(None), threading.Event()
+        with pytest.raises(TooLong, match="more than 3000 tokens"):
+            await model.tokenise([WORDS[0], f"{WORDS[0]} " * 3000])
+        model.instance._thread.submit(busy.wait, 20)
+        long = f"{WORDS[0]} " * 2000
+        waiting = [asyncio.create_task(model.tokenise([long])) for _ in range(5)]
+        await asyncio.sleep(0)
+        got = await asyncio.gather(*waiting, return_exceptions=True)
+        busy.set()
+        assert [type(each) for each in got] == [DeadlinePassed] * 4 + [QueueFull]
+        assert len((await model.tokenise([long]))[0]) == 2002
+
+    run(classifier(folders), test, ServeSettings(threads=1, timeout=2))
+
+
+def test_windows_take_places_and_one_input_makes_only_so_many(folders: dict[str, Path]) -> None:
+    passage = " ".join(WORDS) * 20
+
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        with pytest.raises(TooLong, match=r"input 1 makes .* windows, at most 128"):
+            await model.answer([Example(WORDS[0], WORDS[1]), Example(WORDS[0], passage * 20)])
+        stop(model.instance.worker_pid)
+        alone = asyncio.create_task(model.answer([Example(WORDS[0], passage)]))
+        await asyncio.sleep(0.5)
+        assert model.queued > 4
+        with pytest.raises(QueueFull):
+            await model.answer([Example(WORDS[0], WORDS[1])])
+        os.kill(model.instance.worker_pid, signal.SIGCONT)
+        assert (await alone).results
+        assert model.queued == 0
+
+    run({"qa": folders["question-answering"]}, test, ServeSettings(threads=1, max_queue=4, max_inputs=4))
+
+
+def test_a_reload_tries_every_folder_and_tells_which_were_not_loaded(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copytree(folders[CLASSIFIER], tmp_path / name)
+
+    async def test(service: Service) -> None:
+        before = {name: model.instance for name, model in service._opened.items()}
+        (tmp_path / "a" / "onnx" / "model.onnx").write_bytes(b"")
+        with pytest.raises(ArtifactError, match=r"a: .*damaged.*; loaded again: b$"):
+            await service.reload()
+        assert [service._opened[name].instance is before[name] for name in "ab"] == [True, False]
+
+    run({name: tmp_path / name for name in "ab"}, test)
+
+
+def test_reloads_run_one_after_another(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, under_way, most = Instance.open, 0, 0
+
+    async def counted(*args: Any) -> Instance:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await opened(*args)
+        finally:
+            under_way -= 1
+
+    async def test(service: Service) -> None:
+        monkeypatch.setattr(Instance, "open", counted)
+        await asyncio.gather(*(service.reload() for _ in range(3)))
+        assert most == 1
+
+    run(classifier(folders), test)
+
+
+def test_a_reload_leaves_accepted_requests_the_time_that_they_may_take(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        pid = model.instance.worker_pid
+        stop(pid)
+        waiting = asyncio.create_task(model.answer([Example("a")]))
+        await asyncio.sleep(0)
+        await service.reload()
+        await asyncio.sleep(0.5)
+        os.kill(pid, signal.SIGCONT)
+        assert (await waiting).results
+
+    run(classifier(folders), test, ServeSettings(threads=1, drain=0.1, timeout=20))
+
+
+def test_a_close_gives_what_a_reload_left_no_more_than_the_drain_time(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        stop(model.instance.worker_pid)
+        waiting = asyncio.create_task(model.answer([Example("a")]))
+        await asyncio.sleep(0)
+        await service.reload()
+        async with asyncio.timeout(5):
+            await service.close()
+        with pytest.raises(NotReady):
+            await waiting
+
+    run(classifier(folders), test, ServeSettings(threads=1, drain=0.1, timeout=20))
+
+
+def test_a_request_waits_until_its_first_batch_and_runs_while_any_of_its_batches_does(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        instance = service.find(None).instance
+        stop(instance.worker_pid)
+        long = " ".join(WORDS) * 200
+        waiting = asyncio.create_task(instance.answer([Example(long)] * 3))
+        while not instance._requests:
+            await asyncio.sleep(0.01)
+        (request,) = instance._requests.values()
+        assert instance._worker is not None
+        ran = [(2.0, 4.0), (1.0, 3.0), (6.0, 7.0)]  # seconds after it came; two side by side, a pause, another
+        while ran:
+            number, places = next(iter(instance._running.items()))
+            assert len(places) == 1
+            start, end = (request.added_s + seconds for seconds in ran.pop(0))
+            instance._ran(instance._worker, Ran(number, [None], start, end))
+        answers = await waiting
+        assert answers.queue_s == pytest.approx(1.0)
+        assert answers.infer_s == pytest.approx(4.0)
+        os.kill(instance.worker_pid, signal.SIGKILL)
+
+    run(classifier(folders), test, ServeSettings(threads=2, max_tokens=1))
