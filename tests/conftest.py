@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -23,6 +25,17 @@ ARCHITECTURES = ("bert", "roberta", "distilbert", "electra", "xlm-roberta", "mod
 # The same examples in every run, so that a change is what turns a run red; `--hypothesis-profile=default` explores.
 hypothesis.settings.register_profile("reproducible", derandomize=True)
 hypothesis.settings.load_profile("reproducible")
+
+THREADS = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
+
+
+@pytest.fixture(autouse=True)
+def _torch_threads() -> Iterator[None]:
+    """Take back how many threads a test let torch have, as the last bits of a training depend on it."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(THREADS)
+
 
 HEADS = {
     "feature-extraction": "AutoModel",

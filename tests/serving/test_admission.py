@@ -70,10 +70,11 @@ def test_what_takes_no_place_is_answered_while_queues_are_full(models: FakeModel
     assert not any(model.asked for model in models.models.values())
 
 
-def test_only_queued_operations_are_documented_to_be_full(models: FakeModels) -> None:
+def test_only_operations_with_places_are_documented_to_be_full(models: FakeModels) -> None:
     paths = Client(create_app(models, ServeSettings())).get("/openapi.json").json()["paths"]
     for operation in operations():
-        assert ("429" in paths[operation.path][operation.method.lower()]["responses"]) is operation.queued
+        full = operation.queued or operation.path.endswith("/tokenize")  # that has places of its own
+        assert ("429" in paths[operation.path][operation.method.lower()]["responses"]) is full
 
 
 def test_a_wrong_key_is_told_before_a_full_queue(models: FakeModels, tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_a_client_that_reads_no_refusals_is_not_read_either(models: FakeModels) 
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect((urlsplit(url).hostname, urlsplit(url).port))
         deaf.settimeout(1)
-        with pytest.raises(TimeoutError):
+        with pytest.raises((TimeoutError, ConnectionError)):  # cut off where too many requests wait
             send_all()
         with connected(url) as other:
             other.sendall(post("/tokenize", BODY))

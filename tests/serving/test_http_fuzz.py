@@ -92,7 +92,8 @@ def test_no_body_makes_the_server_fail() -> None:
     def check(template: str, name: str, body: bytes) -> None:
         path = template.replace("{name}", name).replace("{version}", "1")
         status, answer = runner.run(post(path, body))
-        assert status in {200, 400, 404, 413, 422}, (status, answer)
+        refused = {403} if path.startswith("/admin") else set()  # there is no key
+        assert status in {200, 400, 404, 413, 422} | refused, (status, answer)
         value = orjson.loads(answer)
         assert status == 200 or "error" in value
         seen.add(status)
