@@ -95,11 +95,16 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all. Raises ArtifactError when it cannot be written."""
+    """Write a JSON file as `write_whole` does."""
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises ArtifactError when it cannot be written."""
     partial = file.with_name(f"{file.name}{PARTIAL}")
     with writing(file):
         with partial.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)

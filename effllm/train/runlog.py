@@ -21,6 +21,7 @@ from effllm.errors import ArtifactError
 from effllm.report.training import RENEW_S, run_page
 from effllm.rows import Row
 from effllm.train import flops
+from effllm.train.checkpoint import write_whole, writing
 from effllm.train.loop import StepRecord
 
 LOG = "log.jsonl"
@@ -36,11 +37,9 @@ class RunLog:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._peak, source = flops.peak_flops(next(module.parameters()).device, dtype)
         self._board = _tensorboard(run, resumed_at)
-        try:
-            _drop_after(self._file, resumed_at)
+        _drop_after(self._file, resumed_at)
+        with writing(self._file):
             self._stream = self._file.open("a", encoding="utf-8")
-        except OSError as error:
-            raise ArtifactError(f"cannot write {self._file}: {error.strerror}") from None
         start = {"mfu": flops.FORMULA, "peak_flops": self._peak, "peak": source, "machine": machine.describe()}
         self._page_at = time.monotonic()
         self._append({"start": start, "step": resumed_at})
@@ -74,20 +73,16 @@ class RunLog:
 
     def close(self) -> None:
         """Write the page for the last time and close the files."""
-        try:
+        with writing(self._file):  # what could not be written before is tried once more
             self._stream.close()
-        except OSError as error:  # what could not be written before is tried once more
-            raise ArtifactError(f"cannot write {self._file}: {error.strerror}") from None
         write_page(self._file.parent, live=False)
         if self._board:
             self._board.close()
 
     def _append(self, line: dict[str, Any]) -> None:
-        try:
+        with writing(self._file):
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
-        except OSError as error:
-            raise ArtifactError(f"cannot write {self._file}: {error.strerror}") from None
         if time.monotonic() - self._page_at > RENEW_S:
             write_page(self._file.parent, live=True)
             self._page_at = time.monotonic()
@@ -95,13 +90,7 @@ class RunLog:
 
 def write_page(run: Path, *, live: bool) -> None:
     """Write a run's log as `report.html`. Raises ArtifactError when that cannot be written."""
-    page = run / PAGE
-    partial = page.with_name(f"{page.name}.part")
-    try:
-        partial.write_text(run_page(read_log(run), f"Training run {run.name}", live=live), encoding="utf-8")
-        partial.replace(page)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {page}: {error.strerror}") from None
+    write_whole(run / PAGE, run_page(read_log(run), f"Training run {run.name}", live=live))
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -127,9 +116,7 @@ def _drop_after(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = [line for line in read_log(file.parent) if line.get("step", 0) <= step]
-    partial = file.with_name(f"{file.name}.part")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _tensorboard(run: Path, resumed_at: int) -> Any:
