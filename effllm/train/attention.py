@@ -13,7 +13,6 @@ dominate, this costs less than a mask of T × T. Transformers' own functions bui
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -23,6 +22,9 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "effllm_packed"
+INSTALLED = all(importlib.util.find_spec(name) for name in ("effllm_kernels", "triton"))
+KERNEL_DEVICES = ("cuda",) if INSTALLED else ()
+"""Where the kernel computes. A constant, as torch.compile cannot look for packages."""
 
 
 def register() -> None:
@@ -31,11 +33,9 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
-@functools.cache
 def implementation() -> str:
     """Return what computes the attention of a run on this machine, as its manifest records it."""
-    installed = all(importlib.util.find_spec(name) for name in ("effllm_kernels", "triton"))
-    return "effllm_kernels" if installed and torch.cuda.is_available() else "torch"
+    return "effllm_kernels" if KERNEL_DEVICES and torch.cuda.is_available() else "torch"
 
 
 def sequence_index(lengths: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ def _packed_attention(
         raise ValueError(f"{NAME} takes one packed row with sequence_index and no attention_mask")
     n, width = sequence_index.shape
     real = sequence_index >= 0
-    if query.is_cuda and implementation() == "effllm_kernels":
+    if query.device.type in KERNEL_DEVICES:
         return _in_kernels(query, key, value, real, dropout, scaling, sliding_window)[None], None
     # Sequences of one length need no padding: the row is cut by a view.
     places = None if n * width == query.shape[2] else torch.nonzero_static(real.reshape(-1), size=query.shape[2])[:, 0]

@@ -176,13 +176,13 @@ class Loop:
         masked tokens and sequences there were.
         """
         own = np.sum([[*b.counts, b.tokens, b.masked, b.sequences] for b in micro_batches], axis=0, dtype=np.float64)
-        whole = self._sum_over_processes(torch.from_numpy(own)).numpy()
+        whole = self._sum_over_processes(torch.from_numpy(own)).cpu().numpy()
         counts, sizes = whole[:-3], tuple(int(size) for size in whole[-3:])
         # DDP and FSDP average gradients over the processes; the sum is wanted.
         weights = torch.tensor(
             np.where(counts > 0, self.accelerator.num_processes / np.maximum(counts, 1), 0.0), dtype=torch.float32
         ).to(self.accelerator.device)
-        sums = torch.zeros(len(counts), dtype=torch.float64)
+        sums = torch.zeros(len(counts), dtype=torch.float64, device=self.accelerator.device)
         self.optimizer.zero_grad(set_to_none=True)
         for index, batch in enumerate(micro_batches):
             seed = (self.settings.seed, self.step, self.accelerator.process_index, index)
@@ -192,15 +192,15 @@ class Loop:
                 with self.accelerator.autocast():
                     losses = self.model(**to_tensors(batch.arrays, self.accelerator.device))
                 self.accelerator.backward((losses * weights).sum())
-            sums += losses.detach().double().cpu()
-        return self._sum_over_processes(sums).numpy(), counts, (sizes[0], sizes[1], sizes[2])
+            sums += losses.detach().double()  # stays on the device: reading it would wait for the backward pass
+        return self._sum_over_processes(sums).cpu().numpy(), counts, (sizes[0], sizes[1], sizes[2])
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """Sum float64 values over the processes, in rank order, so that the result does not depend on timing."""
         if self.accelerator.num_processes == 1:
             return values
         gathered = self.accelerator.gather(values.to(self.accelerator.device)[None])
-        return gathered.sum(dim=0).cpu()
+        return gathered.sum(dim=0)
 
     def _update(self, sums: np.ndarray) -> float:
         limit = self.settings.clip or math.inf

@@ -229,7 +229,8 @@ def bounds(window: Window, causal: bool) -> tuple[int, int]:
     """Return how many keys before and after its own a row sees; UNLIMITED is no bound."""
     sides = window if isinstance(window, tuple) else (window, window)
     left, right = (UNLIMITED if side is None or side >= FARTHEST else side for side in sides)
-    _require(left >= UNLIMITED and right >= UNLIMITED, f"window must be non-negative, got {window}")
+    if left < UNLIMITED or right < UNLIMITED:
+        raise ValueError(f"window must be non-negative, got {window}")
     return left, 0 if causal else right
 
 
@@ -250,7 +251,8 @@ def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.devic
 
 def positive(name: str, value: float) -> float:
     """Return the value as a float. Raises ValueError unless it is finite and greater than 0."""
-    _require(0 < value < math.inf, f"{name} must be greater than 0, got {value}")
+    if not 0 < value < math.inf:  # the message is made only here: torch.compile cannot format a number that varies
+        raise ValueError(f"{name} must be greater than 0, got {value}")
     return float(value)
 
 

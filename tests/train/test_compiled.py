@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from conftest import make_config, make_model
 from runs import assert_same_run, assert_same_trace, command, finish, settings, weights
 from test_finetune import run, tagged, write_jsonl
 
 from effllm.data.vocabulary import Vocabulary
 from effllm.errors import SettingError
+from effllm.train import attention
 from effllm.train.compiled import compile_forward
 from effllm.train.loop import to_tensors
 from effllm.train.models import build_model
@@ -33,10 +34,21 @@ def graphs() -> dict[str, int]:
     return counters["stats"]
 
 
-def test_packed_batches_of_all_sizes_share_one_graph(tokens: Path, graphs: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("model", "in_kernels"), [("modern-tiny", False), ("tiny", True), ("modernbert with a window", True)]
+)
+def test_packed_batches_of_all_sizes_share_one_graph(
+    tokens: Path, tmp_path: Path, graphs: dict[str, int], monkeypatch: pytest.MonkeyPatch, model: str, in_kernels: bool
+) -> None:
+    if in_kernels:  # as on a GPU: the kernels' operator is a node of the graph; what it runs is its reference, for speed
+        monkeypatch.setattr(pytest.importorskip("effllm_kernels.operators"), "runs_kernels", lambda x: x.is_cuda)
+        monkeypatch.setattr(attention, "KERNEL_DEVICES", ("cpu",))
     source = PretrainSource(tokens, settings())
     vocabulary = Vocabulary.read(tokens / "tokenizer")
-    plain, compiled = (MaskedLanguageModel(build_model("modern-tiny", vocabulary, 32, "mlm", 0)) for _ in range(2))
+    if "window" in model:
+        model = str(tmp_path)
+        make_config("modernbert", vocabulary.size, None).save_pretrained(tmp_path)
+    plain, compiled = (MaskedLanguageModel(build_model(model, vocabulary, 32, "mlm", 0)) for _ in range(2))
     compile_forward(compiled, backend="aot_eager")
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     shapes = set()
@@ -47,6 +59,10 @@ def test_packed_batches_of_all_sizes_share_one_graph(tokens: Path, graphs: dict[
         wanted, got = plain(**arrays), compiled(**arrays)
         got.sum().backward()
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+        if in_kernels:
+            with monkeypatch.context() as elsewhere:
+                elsewhere.setattr(attention, "KERNEL_DEVICES", ())
+                torch.testing.assert_close(wanted, plain(**arrays), rtol=1e-5, atol=0)
     assert len(shapes) == 4
     assert graphs["unique_graphs"] == 1
 
