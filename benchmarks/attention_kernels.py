@@ -1,6 +1,7 @@
 """How fast the attention kernels are beside what PyTorch and transformers offer, on one GPU.
 
-    python benchmarks/attention_kernels.py            every row, under 8 minutes on an H100 or H200
+    python benchmarks/attention_kernels.py            every row
+    python benchmarks/attention_kernels.py --only dense short      these parts; rows of the others stay
     python benchmarks/attention_kernels.py --quick    few sizes and repeats, no rows written
     python benchmarks/attention_kernels.py --cpu      the code paths at tiny sizes on the CPU, no rows written; with
                                                       TRITON_INTERPRET=1 the kernels too, in Triton's interpreter
@@ -34,7 +35,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from effllm.measure.statistics import median_interval
-from effllm.rows import Row, write_rows
+from effllm.rows import Row, read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 BACKENDS = {
@@ -368,21 +369,29 @@ def models(scale: Scale) -> Iterator[Row]:
             yield row(f"{name} forward", "tokens/s", system, values, how, float(lengths.sum()) * 1e6)
 
 
+PARTS: dict[str, Callable[[Scale], Iterator[Row]]] = {
+    part.__name__: part for part in (rooflines, dense, padded, window, rotary, short, models)
+}
+
+
 def main() -> None:
     """Measure, print, and write the rows of a full run."""
     parser = argparse.ArgumentParser(description="Time the attention kernels on a GPU.")
     parser.add_argument("--quick", action="store_true", help="few sizes and repeats, no rows written")
     parser.add_argument("--cpu", action="store_true", help="exercise the code at tiny sizes, no rows written")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=[*PARTS], help="the parts to measure")
     options = parser.parse_args()
     scale = CPU if options.cpu else QUICK if options.quick else FULL
     if scale.gpu and not torch.cuda.is_available():
         parser.error("no GPU: use --cpu to exercise the code")
     torch.manual_seed(0)
-    found = []
-    for part in (rooflines, dense, padded, window, rotary, short, models):
-        found += part(scale)
+    before = read_rows(RESULTS) if RESULTS.exists() else []
+    found: list[Row] = []
+    for name in options.only:
+        found += PARTS[name](scale)
         if scale.writes:
-            write_rows(RESULTS, found)
+            measured = {row.metric for row in found}
+            write_rows(RESULTS, [*(row for row in before if row.metric not in measured), *found])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from effllm import machine
 from effllm.data.masking import EVALUATION, Masking
 from effllm.data.packing import PackedBatch, PretrainStream, evaluation_batches
 from effllm.data.samples import Samples
@@ -23,6 +22,7 @@ from effllm.settings import to_json
 from effllm.train.attention import implementation, sequence_index
 from effllm.train.branch import Trunk
 from effllm.train.checkpoint import Progress
+from effllm.train.devices import describe
 from effllm.train.loop import MicroBatch, StepRecord, to_tensors
 from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
@@ -162,6 +162,6 @@ class DevLoss:
                 count += len(batch.labels)
         how = {"mask rate": EVALUATION.rate, "sequences": min(len(samples), limit or len(samples)), "data": "dev"}
         values = {"masked loss": (total / count, "nats"), "masked accuracy": (right / count, "share")}
-        on = machine.describe()
+        on = describe(device)
         rows = [Row(name, value, unit, "model", count, how=how, machine=on) for name, (value, unit) in values.items()]
         return Evaluation(-total / count, rows)

@@ -35,12 +35,13 @@ class Lesson:
 def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) -> Iterator[StepRecord]:
     """Train `model` in place, in train mode while it runs and in eval mode afterwards; yields after each step.
 
-    With a weight on the labels every example needs its reference answer. `work` is a scratch folder. Raises
-    TrainingStopped when a loss is not finite, SettingError when memory runs out.
+    While it runs the model is on the GPU where there is one, and afterwards back where it was. With a weight on the
+    labels every example needs its reference answer. `work` is a scratch folder. Raises TrainingStopped when a loss is
+    not finite, SettingError when memory runs out.
     """
     register()
     torch.manual_seed(settings.seed)
-    attention = model.config._attn_implementation
+    attention, device = model.config._attn_implementation, next(model.parameters()).device
     model.set_attn_implementation(CAPTURING)
     if lesson.teacher is not None:
         lesson.teacher.set_attn_implementation(CAPTURING)
@@ -61,7 +62,7 @@ def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) 
         yield from train(run, make_accelerator(settings), None)
     finally:
         model.set_attn_implementation(attention)
-        model.eval()
+        model.to(device).eval()
 
 
 def _items(lesson: Lesson, *, with_labels: bool) -> list[Item]:

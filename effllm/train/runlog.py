@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from effllm import machine
 from effllm.errors import ArtifactError
 from effllm.report.training import RENEW_S, run_page
 from effllm.rows import Row
 from effllm.train import flops
 from effllm.train.checkpoint import write_whole, writing
+from effllm.train.devices import describe
 from effllm.train.loop import StepRecord
 
 LOG = "log.jsonl"
@@ -35,12 +35,13 @@ class RunLog:
         self._file = run / LOG
         self._cost = flops.FlopCount.of(module.model)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._peak, source = flops.peak_flops(next(module.parameters()).device, dtype)
+        device = next(module.parameters()).device
+        self._peak, source = flops.peak_flops(device, dtype)
         self._board = _tensorboard(run, resumed_at)
         _drop_after(self._file, resumed_at)
         with writing(self._file):
             self._stream = self._file.open("a", encoding="utf-8")
-        start = {"mfu": flops.FORMULA, "peak_flops": self._peak, "peak": source, "machine": machine.describe()}
+        start = {"mfu": flops.FORMULA, "peak_flops": self._peak, "peak": source, "machine": describe(device)}
         self._page_at = time.monotonic()
         self._append({"start": start, "step": resumed_at})
 

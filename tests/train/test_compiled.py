@@ -40,7 +40,9 @@ def graphs() -> dict[str, int]:
 def test_packed_batches_of_all_sizes_share_one_graph(
     tokens: Path, tmp_path: Path, graphs: dict[str, int], monkeypatch: pytest.MonkeyPatch, model: str, in_kernels: bool
 ) -> None:
-    if in_kernels:  # as on a GPU: the kernels' operator is a node of the graph; what it runs is its reference, for speed
+    if (
+        in_kernels
+    ):  # as on a GPU: the kernels' operator is a node of the graph; what it runs is its reference, for speed
         monkeypatch.setattr(pytest.importorskip("effllm_kernels.operators"), "runs_kernels", lambda x: x.is_cuda)
         monkeypatch.setattr(attention, "KERNEL_DEVICES", ("cpu",))
     source = PretrainSource(tokens, settings())
