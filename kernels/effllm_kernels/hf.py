@@ -139,11 +139,12 @@ PATTERNS: dict[Callable[..., Any], Callable[..., Pattern | None]] = {
     masks.sliding_window_overlay: lambda sliding_window: Pattern(left=sliding_window - 1),
     masks.sliding_window_bidirectional_overlay: lambda sliding_window: Pattern(sliding_window, sliding_window),
     masks.packed_sequence_mask_function: lambda packed_sequence_mask: Pattern(sequences=packed_sequence_mask),
-    # Positions count from each sequence's start: distances within it stay.
-    masks.remap_positions_for_packed_sequence: lambda mask_function, position_ids: _pattern(mask_function),
     masks.and_masks: _all,
 }
 """Maker of mask functions -> what one of its functions says, from the variables that it captured."""
+if hasattr(masks, "remap_positions_for_packed_sequence"):  # newer than transformers 5.17
+    # Positions count from each sequence's start: distances within it stay.
+    PATTERNS[masks.remap_positions_for_packed_sequence] = lambda mask_function, position_ids: _pattern(mask_function)
 
 
 def _captured(function: Callable[..., Any], maker: Callable[..., Any]) -> dict[str, Any]:
