@@ -35,7 +35,8 @@ class Terms(NamedTuple):
 
     `offset` is added to a row's number before it is compared with a key's. `threshold` of 65536 equal draws drop,
     and `rescale` makes up for them. `cos` and `sin` are (sequence, position, -, pair) of `positions` and `pairs`, and a
-    pair's two columns lie `step` apart: views lie no deeper than here, Triton 3.6 loses constants in deeper tuples.
+    pair's two columns lie `step` apart. Triton 3.6 loses constants in deeper tuples, so views lie no deeper than here,
+    and those of the last views where no constant follows them, so `end` is always None.
     """
 
     query_starts: Any
@@ -62,6 +63,7 @@ class Terms(NamedTuple):
     seed: Any
     threshold: Any
     rescale: Any
+    end: Any = None
 
 
 @triton.jit
