@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from effllm.progress import Track, silent
-from effllm.runtime.tokenizer import INPUTS, Encoding, pad_batch
+from effllm.runtime.tokenizer import Encoding, pad_batch
 
 
 @dataclass
@@ -40,15 +40,16 @@ class Moments:
 
 
 def feeds(model: Any, encodings: Sequence[Encoding]) -> Iterator[dict[str, Any]]:
-    """Yield the inputs of one text after another, int64 (1, T), those that the model takes.
+    """Yield the inputs of one text after another, int64 (1, T), those that the model takes, where the model is.
 
     A decoder is told to keep no keys and values: a layer that is run again with the same arguments would add to them.
     """
     takes = inspect.signature(model.forward).parameters
     settings = {"use_cache": False} if "use_cache" in takes else {}
+    device = next(model.parameters()).device
     for encoding in encodings:
-        arrays = pad_batch([encoding], 0)
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in INPUTS if name in takes}
+        arrays = {name: array for name, array in pad_batch([encoding], 0).items() if name in takes}
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
         yield inputs | settings
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .forward import key_blocks
 from .rotary import load_turned, turned_back
-from .tile import dot, dot_add, extent, flags, gradient_tile, load_rows, place, store_rows, unless_pruned
+from .tile import SIZES, dot, dot_add, extent, flags, gradient_tile, load_rows, place, store_rows, unless_pruned
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def row_blocks(t, j0, offset, valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
     return low, tl.maximum(high, low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(q, k, v, out, dout, lse, dlse, delta, dq, t, blocks, heads, group, max_query, max_key,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
                  ACC: tl.constexpr):  # fmt: skip
@@ -91,7 +91,7 @@ def query_kernel(q, k, v, out, dout, lse, dlse, delta, dq, t, blocks, heads, gro
     store_rows(place(dq, batch, first, head), dq, i, i < queries, total, WIDTH, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_kernel(q, k, v, dout, lse, delta, dk, dv, t, blocks, heads, group, max_query, max_key,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
                ACC: tl.constexpr):  # fmt: skip
@@ -133,7 +133,7 @@ def key_kernel(q, k, v, dout, lse, delta, dk, dv, t, blocks, heads, group, max_q
     store_rows(place(dv, batch, first_key, key_head), dv, j, j < keys, v_total, WIDTH, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def whole_kernel(q, k, v, out, dout, lse, dlse, delta, dq, dk, dv, t, heads, group, max_query, max_key,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
                  ACC: tl.constexpr):  # fmt: skip

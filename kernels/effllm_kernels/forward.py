@@ -14,6 +14,7 @@ import triton.language as tl
 from .rotary import load_turned
 from .tile import (
     LN2,
+    SIZES,
     dot,
     dot_add,
     extent,
@@ -47,14 +48,19 @@ def key_blocks(t, i0, offset, valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def probabilities(q_tile, k, k_ptr, i, i0, j0, valid, batch, head, counts, keys, offset, t, top, MASKED: tl.constexpr,
-                  BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """Return exp2(logits - maximum) of a tile, the new maximum, and which of the tile's keys exist."""
+def keys_from(t, j0, valid, batch, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the numbers of a tile's keys, and which of them exist."""
     key = j0 + tl.arange(0, BLOCK_N)
     exists = key < valid
     if MASKED:
         exists = flags(t.key_mask, batch, key, exists)
-    k_tile = load_turned(k_ptr, k, key, t, batch, key, exists, WIDTH, BLOCK_D, ACC)
+    return key, exists
+
+
+@triton.jit
+def probabilities(q_tile, k_tile, i, key, exists, batch, head, counts, keys, offset, t, top, MASKED: tl.constexpr,
+                  ACC: tl.constexpr):  # fmt: skip
+    """Return exp2(logits - maximum) of a tile, the new maximum, and what was subtracted."""
     product = dot(q_tile, tl.trans(k_tile), ACC)
     rows = i[:, None]
     columns = key[None, :]
@@ -65,7 +71,7 @@ def probabilities(q_tile, k, k_ptr, i, i0, j0, valid, batch, head, counts, keys,
     unit = unit_of(t, ACC)
     highest = tl.maximum(top, tl.max(s, 1) * unit)
     safe = tl.where(highest == float("-inf"), 0.0, highest)
-    return tl.exp2(s * unit - safe[:, None]), highest, safe, key, exists
+    return tl.exp2(s * unit - safe[:, None]), highest, safe
 
 
 @triton.jit
@@ -75,9 +81,10 @@ def attend(state, q_tile, k, v, k_ptr, v_ptr, i, i0, low, high, valid, batch, he
     """Take the keys [low, high) into the running (values, sum, maximum)."""
     values, total, top = state
     for j0 in range(low, high, BLOCK_N):
-        p, highest, safe, key, exists = probabilities(
-            q_tile, k, k_ptr, i, i0, j0, valid, batch, head, counts, keys, offset, t, top, MASKED, BLOCK_N, WIDTH,
-            BLOCK_D, ACC)  # fmt: skip
+        key, exists = keys_from(t, j0, valid, batch, MASKED, BLOCK_N)
+        k_tile = load_turned(k_ptr, k, key, t, batch, key, exists, WIDTH, BLOCK_D, ACC)
+        p, highest, safe = probabilities(q_tile, k_tile, i, key, exists, batch, head, counts, keys, offset, t, top,
+                                         MASKED, ACC)  # fmt: skip
         decay = tl.exp2(top - safe)
         total = total * decay + tl.sum(p, 1)
         if t.seed is not None:
@@ -88,7 +95,7 @@ def attend(state, q_tile, k, v, k_ptr, v_ptr, i, i0, low, high, valid, batch, he
     return values, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_key, SINGLE: tl.constexpr,
                    PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
                    BLOCK_D: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
@@ -115,13 +122,14 @@ def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_ke
         q_ptr = place(q, batch, first, head)
         q_tile = load_turned(q_ptr, q, i, t, batch, i + offset, counts, WIDTH, BLOCK_D, ACC)
         if SINGLE:
-            p, top, _safe, key, exists = probabilities(
-                q_tile, k, k_ptr, i, i0, 0, valid, batch, head, counts, keys, offset, t, top, True, BLOCK_N, WIDTH,
-                BLOCK_D, ACC)  # fmt: skip
+            key, exists = keys_from(t, 0, valid, batch, True, BLOCK_N)
+            k_tile = load_turned(k_ptr, k, key, t, batch, key, exists, WIDTH, BLOCK_D, ACC)
+            v_tile = load_rows(v_ptr, v, key, exists, WIDTH, BLOCK_D)  # now, so that it is on its way beside k
+            p, top, _safe = probabilities(q_tile, k_tile, i, key, exists, batch, head, counts, keys, offset, t, top,
+                                          True, ACC)  # fmt: skip
             total = tl.sum(p, 1)
             if t.seed is not None:
                 p = tl.where(kept(t, batch * heads + head, i0, 0, BLOCK_M, BLOCK_N), p, 0.0)
-            v_tile = load_rows(v_ptr, v, key, exists, WIDTH, BLOCK_D)
             values = dot(p.to(v_tile.dtype), v_tile, ACC)
         else:
             state = attend((values, total, top), q_tile, k, v, k_ptr, v_ptr, i, i0, low, full, valid, batch, head,

@@ -164,12 +164,14 @@ def attention_terms(
     """Return the checked terms of a call of `attention`, as the operator takes them."""
     _check(q, k, v)
     batch, queries, count, width = q.shape
-    for name, mask, size in (("key_mask", key_mask, k.shape[1]), ("query_mask", query_mask, queries)):
-        check_shape(name, mask, ((batch, size),))
-    for name, lengths in (("key_lengths", key_lengths), ("query_lengths", query_lengths)):
-        check_shape(name, lengths, ((batch,),))
-    check_shape("alibi_slopes", alibi_slopes, ((count,), (batch, count)))
-    check_shape("heads", heads, ((count,),))
+    for name, value, shape in (
+        ("key_mask", key_mask, (batch, k.shape[1])), ("query_mask", query_mask, (batch, queries)),
+        ("key_lengths", key_lengths, (batch,)), ("query_lengths", query_lengths, (batch,)), ("heads", heads, (count,)),
+    ):  # fmt: skip
+        if value is not None:
+            check_shape(name, value, (shape,))
+    if alibi_slopes is not None:
+        check_shape("alibi_slopes", alibi_slopes, ((count,), (batch, count)))
     if relative_bias is not None:
         _require(c2p is None, "give relative_bias or c2p, not both")
         _require(relative_bias.shape[0] == count, f"relative_bias must have {count} rows, one a head")
@@ -262,14 +264,22 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    _require(q.dim() == k.dim() == v.dim() == 4, "q, k and v must be (batch, sequence, heads, width)")
-    _require(q.dtype in DTYPES, f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    _require(q.dtype == k.dtype == v.dtype, f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    _require(k.shape == v.shape, f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    fits = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and q.shape[2] % k.shape[2] == 0
-    _require(fits, f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}: batch and width equal, heads a divisor")
-    _require(q.shape[3] <= 256, f"width must be at most 256, got {q.shape[3]}")
-    _require(not q.is_cuda or q.dtype != torch.float64, "float64 runs on the CPU only; use float32")
+    # Before every launch: messages are made only where they are raised.
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError("q, k and v must be (batch, sequence, heads, width)")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    (batch, _, heads, width), shape = q.shape, k.shape
+    if shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(shape)} and {tuple(v.shape)}")
+    if batch != shape[0] or width != shape[3] or heads % shape[2]:
+        raise ValueError(f"k {tuple(shape)} does not fit q {tuple(q.shape)}: batch and width equal, heads a divisor")
+    if width > 256:
+        raise ValueError(f"width must be at most 256, got {width}")
+    if q.dtype == torch.float64 and q.is_cuda:
+        raise ValueError("float64 runs on the CPU only; use float32")
 
 
 def check_shape(name: str, value: Tensor | None, allowed: tuple[tuple[int, ...], ...]) -> None:
@@ -280,6 +290,8 @@ def check_shape(name: str, value: Tensor | None, allowed: tuple[tuple[int, ...],
 
 def _check_relative(q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None, index: Tensor | None) -> None:
     given = c2p is not None or p2c is not None
+    if not given and index is None:
+        return
     _require(given == (index is not None), "relative_index goes with relative_bias, c2p or p2c")
     for name, term, size in (("c2p", c2p, q.shape[1]), ("p2c", p2c, k.shape[1])):
         if term is not None:

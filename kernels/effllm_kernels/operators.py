@@ -18,7 +18,7 @@ from .terms import SCHEMA, Terms
 try:
     from . import launch
 except ModuleNotFoundError as error:
-    if error.name != "triton":
+    if (error.name or "").partition(".")[0] != "triton":
         raise
     launch = None  # type: ignore[assignment]
 

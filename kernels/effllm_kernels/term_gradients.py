@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .backward import row_delta, row_sums
 from .rotary import load_turned
-from .tile import dot_add, extent, flags, gradient_tile, load_rows, place, unless_pruned
+from .tile import SIZES, dot_add, extent, flags, gradient_tile, load_rows, place, unless_pruned
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def logit_gradient(q, k, v, dout, lse, delta, t, batch, head, heads, group, i0, 
     return dlogit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def bias_kernel(q, k, v, dout, lse, delta, dbias, t, batches, heads, group, bias_batches, bias_heads, max_query,
                 max_key, EVERY_ROW: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
                 ACC: tl.constexpr):  # fmt: skip
@@ -75,7 +75,7 @@ def bias_kernel(q, k, v, dout, lse, delta, dbias, t, batches, heads, group, bias
         tl.store(at, tl.sum(total, 0).to(dbias.ptr.dtype.element_ty), mask=j < max_key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def relative_kernel(q, k, v, dout, lse, delta, grad, t, heads, group, columns, max_query, max_key,
                     OF_KEYS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
                     BLOCK_D: tl.constexpr, ACC: tl.constexpr):  # fmt: skip

@@ -75,6 +75,8 @@ def flat(terms: Terms) -> Terms:
     Raises ValueError for floats where numbers are counted.
     """
     given = {name: x for name in FLAT if (x := getattr(terms, name)) is not None}
+    if not given:
+        return terms
     for name, x in given.items():
         if x.is_floating_point() and name != "heads":
             raise ValueError(f"{name} must be integers, got {x.dtype}")

@@ -18,6 +18,8 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Seven rounds are the fewest that pass BigCrush (Salmon et al. 2011, table 2).
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
+SIZES = ("blocks", "max_query", "max_key", "batches")
+"""Arguments of kernels that differ from batch to batch; Triton would compile anew for 1 and for multiples of 16."""
 
 
 class View(NamedTuple):

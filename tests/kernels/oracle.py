@@ -54,13 +54,14 @@ def results(function, given: dict, dout: torch.Tensor) -> dict[str, torch.Tensor
     """Return the output and every gradient."""
     own = leaves(given)
     out = function(**(given | own))
-    grads = torch.autograd.grad(out, list(own.values()), dout.to(out.dtype), allow_unused=True)
+    grads = torch.autograd.grad(out, list(own.values()), dout.to(out), allow_unused=True)
     return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(own, grads, strict=True)}
 
 
 def exact(given: dict) -> dict:
-    """Return the inputs with every float as float64: the same numbers."""
-    return {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in given.items()}
+    """Return the inputs on the CPU, which alone computes in float64, with every float as float64: the same numbers."""
+    own = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+    return {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in own.items()}
 
 
 def output_gradient(given: dict, seed: int = 1) -> torch.Tensor:
@@ -78,6 +79,6 @@ def assert_as_exact_as_torch(got: dict, torchs: dict, true: dict, factor: float 
         assert torch.isfinite(got[name]).all(), name
         rounded = want.to(got[name].dtype)
         rounding = (rounded + 0.3 - 0.3 - rounded).abs().max().item()
-        error = (got[name].double() - want).abs().max().item()
-        allowed = factor * (torchs[name].double() - want).abs().max().item() + 2 * rounding + 16 * EPSILON
+        error, torchs_error = ((x[name].cpu().double() - want).abs().max().item() for x in (got, torchs))
+        allowed = factor * torchs_error + 2 * rounding + 16 * EPSILON
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

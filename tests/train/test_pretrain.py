@@ -94,7 +94,8 @@ def test_sigkill_and_resume_give_the_same_bits(tokens: Path, whole: Path, tmp_pa
     child.send_signal(signal.SIGKILL)
     child.wait()
     finish(tokens, out, resume=True)
-    assert_same_run(whole, out)
+    # The promise of equal bits is for the CPU: on a GPU two processes may sum in another order.
+    (assert_same_trace if torch.cuda.is_available() else assert_same_run)(whole, out)
     assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
