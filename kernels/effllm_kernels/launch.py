@@ -48,30 +48,50 @@ class Tile(NamedTuple):
 
 
 def forward_tile(q: Tensor, terms: Terms) -> Tile:
-    """Return the forward tile."""
+    """Return the forward tile; for half precision the fastest of those measured on an H100."""
     width = q.shape[-1]
-    stages = 3 if terms.rotary_cos is None else 2  # the tables pass through shared memory too
     if q.dtype.itemsize > 2:
         tile = Tile(32, 32, 4, 2)
-    elif width <= 64:
-        tile = Tile(128, 128 if is_plain(terms) else 64, 8, stages)
+    elif width > 128:
+        tile = Tile(64, 64, 8, 2)
+    elif width > 64:
+        tile = Tile(128, 64, 4 if terms.rotary_cos is None else 8, 2)
     else:
-        tile = Tile(128, 64, 8, stages) if width <= 128 else Tile(64, 64, 8, 2)
+        tile = Tile(64, 64, 4, 3) if _is_sparse(terms) else Tile(128, 64, 8, 3)
     return _shrink(tile, terms, least_keys=16)
 
 
-def backward_tile(q: Tensor, terms: Terms) -> Tile:
-    """Return the tile of all backward kernels."""
+class BackwardTiles(NamedTuple):
+    """The tiles of the two backward kernels, and of the one that stands for both where `whole` holds all keys."""
+
+    query: Tile
+    key: Tile
+    whole: Tile
+
+
+def backward_tiles(q: Tensor, terms: Terms) -> BackwardTiles:
+    """Return the backward tiles; those of plain logits in half precision are the fastest measured on an H100."""
     width = q.shape[-1]
+    looks_up, turns = any(x is not None for x in (terms.bias, terms.c2p, terms.p2c)), terms.rotary_cos is not None
     if q.dtype.itemsize > 2:
-        return Tile(32, 32, 8, 1)
-    looks_up = any(term is not None for term in (terms.bias, terms.c2p, terms.p2c))
-    if width <= 128:
-        wide = Tile(64, 64, 4 if terms.rotary_cos is None else 8, 1)
-        tile = wide if width > 64 or looks_up else Tile(64, 128, 8, 1)
+        tiles = [Tile(32, 32, 8, 1)] * 3
+    elif width > 128:
+        tiles = [Tile(64, 32, 8, 1)] * 3
+    elif looks_up or (turns and width > 64):
+        tiles = [Tile(64, 64, 8 if turns else 4, 1)] * 3
+    elif width > 64:
+        tiles = [Tile(64, 32, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1)]
+    elif turns:  # chosen for what fits in registers, not measured
+        tiles = [Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 128, 8, 1)]
     else:
-        tile = Tile(64, 32, 8, 1)
-    return _shrink(tile, terms, least_keys=64)
+        tiles = [Tile(64, 64, 4, 3), Tile(32, 64, 4, 2), Tile(64, 128, 4, 2)]
+    return BackwardTiles(*(_shrink(tile, terms, least_keys=64) for tile in tiles))
+
+
+def _is_sparse(terms: Terms) -> bool:
+    """Return whether many rows see few keys, or there are few of them."""
+    bounded = terms.left != UNLIMITED or terms.right != UNLIMITED
+    return bounded or terms.packed or terms.key_lengths is not None
 
 
 def _shrink(tile: Tile, terms: Terms, least_keys: int) -> Tile:
@@ -79,12 +99,6 @@ def _shrink(tile: Tile, terms: Terms, least_keys: int) -> Tile:
     rows, keys = (max(16, _power_of_2(size)) for size in (terms.max_query, terms.max_key))
     small = tile._replace(rows=min(tile.rows, max(64, rows)), keys=min(tile.keys, max(least_keys, keys)))
     return small if small == tile or small.rows * small.keys > 64 * 64 else small._replace(warps=4)
-
-
-def is_plain(terms: Terms) -> bool:
-    """Return whether a logit is only the scaled product and nothing is dropped."""
-    absent = (terms.bias, terms.alibi_slopes, terms.c2p, terms.p2c, terms.seed)
-    return all(term is None for term in absent) and not terms.softcap
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -125,22 +139,22 @@ def backward_calls(
     terms: Terms, grads: tuple[Tensor, Tensor, Tensor],
 ) -> list[Call]:  # fmt: skip
     """Return the launches that fill delta and the gradients of q, k, v: one where all keys fit in a tile, else two."""
-    tile = backward_tile(q, terms)
+    tiles = backward_tiles(q, terms)
     batch, heads, group = _sizes(q, k, terms)
-    options = _blocks(q, tile) | _options(tile)
+    of_query, of_key, of_whole = (_blocks(q, tile) | _options(tile) for tile in tiles)
     inputs, sizes = (_view(q), _view(k), _view(v)), (heads, group, terms.max_query, terms.max_key)
     sums, known, own = _sums_view(lse), _sums_view(delta), _device_terms(terms)
     dsums = None if dlse is None else _sums_view(dlse)
     dq, dk, dv = (_view(grad) for grad in grads)
-    if terms.max_key <= tile.keys:
+    if terms.max_key <= tiles.whole.keys:
         whole = (*inputs, _view(out), _view(dout), sums, dsums, known, dq, dk, dv, own, *sizes)
-        return [Call(whole_kernel, batch * heads // group, whole, options)]
-    row_blocks, key_blocks = _parts(terms.max_query, tile.rows), _parts(terms.max_key, tile.keys)
+        return [Call(whole_kernel, batch * heads // group, whole, of_whole)]
+    row_blocks, key_blocks = _parts(terms.max_query, tiles.query.rows), _parts(terms.max_key, tiles.key.keys)
     rows = (*inputs, _view(out), _view(dout), sums, dsums, known, dq, own, row_blocks, *sizes)
     keys = (*inputs, _view(dout), sums, known, dk, dv, own, key_blocks, *sizes)
     return [
-        Call(query_kernel, row_blocks * heads * batch, rows, options),
-        Call(key_kernel, key_blocks * heads // group * batch, keys, options),
+        Call(query_kernel, row_blocks * heads * batch, rows, of_query),
+        Call(key_kernel, key_blocks * heads // group * batch, keys, of_key),
     ]
 
 
