@@ -1,13 +1,13 @@
 """What ten minutes of pre-training are worth: SST-2 with 2,000 labelled examples, pre-trained against random weights.
 
-    python benchmarks/transfer.py TOKENS SST2 [--seconds 600]
+    python benchmarks/transfer.py TOKENS SST2 [--seconds 600] [--run DIR]
 
 TOKENS is a folder that `effllm prepare` wrote (English Wikipedia here), SST2 a folder with `train.jsonl.xz` and
 `dev.jsonl`. Pre-trains the preset `modern-mini` for the given seconds on all cores, then fine-tunes it and the same
 model with random weights with five paired seeds: same examples, order and settings. The gain is the mean of the five
 differences of dev accuracy with a 95 % interval of Student's t. With `--full` one fine-tuning on all examples stands
-beside. Writes
-`results/transfer.jsonl`. One corpus and one task; the settings were not searched.
+beside. A pre-training run made elsewhere, as on a GPU, is taken by `--run`, its seconds by `--seconds`. Writes
+`results/transfer.jsonl`, where rows of other seconds stay. One corpus and one task; the settings were not searched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scipy import stats
 from effllm import machine
 from effllm.data.vocabulary import Vocabulary
 from effllm.folder import tokenizer_files
-from effllm.rows import Row, write_rows
+from effllm.rows import Row, read_rows, write_rows
 from effllm.train.finetune import finetune
 from effllm.train.models import build_model
 from effllm.train.pretrain import pretrain
@@ -87,13 +87,16 @@ def main() -> None:
                 print(f"seed {seed}  {name:16} {found[name][-1]:.4f}", flush=True)
         everything = arguments.sst2 / "train.jsonl.xz"
         full = accuracy(last.path, everything, dev, scratch / "full", epochs=1.0) if arguments.full else None
-    write_rows(RESULTS, rows_of(found, full, loss, arguments.seconds))
+    before = read_rows(RESULTS) if RESULTS.exists() else []
+    others = [row for row in before if row.how["pre-training seconds"] != arguments.seconds]
+    write_rows(RESULTS, [*others, *rows_of(found, full, loss, arguments.seconds)])
 
 
 def rows_of(found: dict[str, list[float]], full: float | None, loss: Row, seconds: float) -> list[Row]:
     """Return the rows of what was found."""
     how = {
         "pre-training seconds": seconds,
+        "pre-trained on": loss.machine,
         "model": "modern-mini, 4 layers of 256",
         "examples": EXAMPLES,
         "split": "dev",
