@@ -274,6 +274,56 @@ def serving_table() -> str:
     return "\n".join([*lines, "", f"{first.machine}; {how}. {ends}"])
 
 
+KERNEL_SYSTEMS = (
+    "effllm",
+    "SDPA flash",
+    "SDPA memory-efficient",
+    "FlexAttention compiled",
+    "transformers padded flash",
+)
+KERNEL_CASES: tuple[tuple[str, str, dict[str, object]], ...] = (
+    ("forward, 128 tokens, width 64", "attention forward", {"length": 128, "width": 64}),
+    ("forward, 512 tokens, width 64", "attention forward", {"length": 512, "width": 64}),
+    ("forward, 2,048 tokens, width 64", "attention forward", {"length": 2048, "width": 64}),
+    ("forward and backward, 512 tokens, width 64", "attention forward + backward", {"length": 512, "width": 64}),
+    ("forward and backward, 2,048 tokens, width 64", "attention forward + backward", {"length": 2048, "width": 64}),
+    ("forward, 2,048 tokens, width 128", "attention forward", {"length": 2048, "width": 128}),
+    ("forward, half padding, 512 tokens", "padded forward", {"length": 512}),
+    ("forward, half padding, 2,048 tokens", "padded forward", {"length": 2048}),
+    ("forward and backward, half padding, 2,048 tokens", "padded forward + backward", {"length": 2048}),
+    ("forward in a CUDA graph, 8 × 32 tokens", "short forward under graphs", {"batch": 8, "length": 32}),
+    ("forward in a CUDA graph, 32 × 128 tokens", "short forward under graphs", {"batch": 32, "length": 128}),
+)
+
+
+def kernels_table() -> str:
+    """Return the speed of each attention over that of PyTorch's default on this GPU, SDPA's cuDNN."""
+    rows = read_rows(RESULTS / "kernels.jsonl")
+    lines = ["| | " + " | ".join(KERNEL_SYSTEMS) + " |", "|---|" + "---|" * len(KERNEL_SYSTEMS)]
+    for what, metric, how in KERNEL_CASES:
+        default = find(rows, metric, "SDPA cuDNN", **how)
+        cells = []
+        for system in KERNEL_SYSTEMS:
+            row = find(rows, metric, system, **how)
+            if row is None or default is None:
+                cells.append("–")
+                continue
+            cells.append(f"{default.value / row.value if row.unit == 'µs' else row.value / default.value:.2f}×")
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    first, host = rows[0], find(rows, "host time a call", "effllm")
+    assert host is not None
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"One {first.machine}, PyTorch {first.how['torch']}, Triton {first.how['triton']}, bfloat16, medians of "
+            f"{first.n} rounds, {first.at[:10]}. 1.00× is SDPA's cuDNN, PyTorch's default there; – is a case that was "
+            f"not measured or is refused. Of an eager call {host.value:.0f} µs are the host's time (SDPA: about 40), "
+            "which the short cases outside of graphs contain.",
+        ]
+    )
+
+
 def _number(value: float) -> str:
     return f"{value:.3f}"
 
@@ -290,6 +340,7 @@ def _percent(value: float) -> str:
     return f"{value:.1%}"
 
 
+BERT_BASE = "12 layers of 768 at 512 tokens, bfloat16"
 TRAINING: dict[str, list[tuple[str, str, str, Callable[[float], str]]]] = {
     "masked_head": [
         ("a step with the head on masked positions, over one with it on all", "speed-up", MASKED, _times),
@@ -302,6 +353,10 @@ TRAINING: dict[str, list[tuple[str, str, str, Callable[[float], str]]]] = {
             "effllm pretrain",
             _number,
         ),
+    ],
+    "gpu_training": [
+        (f"model FLOP utilisation of pre-training on an H100, {BERT_BASE}, compiled", "MFU", "compiled", _percent),
+        ("the same without --compile", "MFU", "as written", _percent),
     ],
     "transfer": [
         (
@@ -331,6 +386,7 @@ TABLES = {
     "compression_stsb-en": embedding_table,
     "compression_stsb-zh": chinese_table,
     "decoder": decoder_table,
+    "kernels": kernels_table,
     "serving": serving_table,
 }
 PLOTS = {SPARSITY: sparsity_plot}

@@ -154,6 +154,37 @@ def _packed_attention_gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | Non
     return (operator(dout, dlse, qkv, out, lse, *terms), *[None] * TERMS)
 
 
+def _differentiate(name: str, count: int, gradient: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """Give an operator its gradient, under torch's key for it, as `torch.library.register_autograd` does.
+
+    That one reads the operator's schema anew in every call, which for so many arguments takes longer than a launch.
+    """
+    operator, setup = getattr(getattr(torch.ops, NAMESPACE), name).default, _save(count)
+
+    def below(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, keyset = args
+            result = below(keyset, *inputs)
+            setup(ctx, tuple(inputs), result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (*gradient(ctx, *gradients), None)
+
+    def run(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return Differentiable.apply(*args, keyset)
+        return below(keyset, *args)
+
+    LIBRARY.impl(name, run, "Autograd", with_keyset=True)
+
+
 def _register() -> None:
     implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "attention": (_attention, _attention_shapes),
@@ -165,11 +196,8 @@ def _register() -> None:
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, run, key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=LIBRARY)
-    for name, gradient, inputs in (
-        ("attention", _attention_gradient, 3),
-        ("packed_attention", _packed_attention_gradient, 1),
-    ):
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=_save(inputs), lib=LIBRARY)
+    _differentiate("attention", 3, _attention_gradient)
+    _differentiate("packed_attention", 1, _packed_attention_gradient)
 
 
 _register()
