@@ -4,9 +4,10 @@ Written from Sanh et al. 2020, "Movement pruning: adaptive sparsity by fine-tuni
 learned with it. The layer computes with W ⊙ M; the gradient passes the mask straight through, ∂L/∂S = ∂L/∂(W ⊙ M) ⊙ W
 (section 4), so a score grows while its weight moves away from zero.
 
-- top-k: M keeps the largest scores, fewer along the cubic curve
-- soft: M keeps the scores whose sigmoid is above a threshold, and a penalty λ · mean of the sigmoids pulls them down,
-  λ rising along the same curve (soft movement pruning); the sparsity is what comes of it
+- top-k: M keeps the largest scores, fewer along the cubic curve; the scores are the sum of all steps' -∂L/∂S as the
+  section writes it, for Adam, which makes all steps equally large, ranks by noise what moves little
+- soft: M keeps the scores, learned by Adam, whose sigmoid is above a threshold, and a penalty λ · mean of the sigmoids
+  pulls them down, λ rising along the same curve (soft movement pruning); the sparsity is what comes of it
 
 Masks are chosen anew at each of the prunings from all weights: one that was out can return. After the last, they stay.
 """
@@ -137,7 +138,8 @@ class Movement(Gradual):
         def pull() -> float:
             return cubic(reached, self.penalty) if self.selection == "soft" else 0.0
 
-        with penalised(layers, pull, self._scale):
+        soft = self.selection == "soft"
+        with penalised(layers, pull, self._scale) if soft else accumulated(layers):
             trained = prune_while_training(job, self, prune)
         for name, layer in layers.items():
             replace_linear(job.model, name, layer.plain())
@@ -160,6 +162,23 @@ class Movement(Gradual):
             allowed = {name: score.masked_fill(~layers[name].free, -torch.inf) for name, score in scores.items()}
             masks = Pattern(self.pattern).keep(allowed, cubic(progress, self.sparsity))
         return {name: mask & layers[name].free for name, mask in masks.items()}
+
+
+@contextmanager
+def accumulated(layers: Mapping[str, MovementLinear]) -> Iterator[None]:
+    """Subtract, inside the block, each step's gradient of the scores from them, and let no optimizer see it."""
+
+    def add(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for layer in layers.values():
+            if layer.scores.grad is not None:
+                layer.scores.data.sub_(layer.scores.grad)
+                layer.scores.grad = None
+
+    handle = register_optimizer_step_pre_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
