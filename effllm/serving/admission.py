@@ -86,7 +86,8 @@ class Admission:
 
     def _has_key(self, call: Call) -> bool:
         key = self.shared.key
-        if not key or call.path == "/" or any(call.path == p or call.path.startswith(f"{p}/") for p in OPEN):
+        page = call.path == "/" and call.method in {"GET", "HEAD"}
+        if not key or page or any(call.path == p or call.path.startswith(f"{p}/") for p in OPEN):
             return True
         scheme, _, got = call.headers.get(b"authorization", b"").partition(b" ")
         return hmac.compare_digest(got.strip(), key) and scheme.lower() == b"bearer"

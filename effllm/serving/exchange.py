@@ -182,6 +182,11 @@ def parse(model: type[pydantic.BaseModel], content: bytes) -> Any:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise _unreadable(content, error) from None
+    return checked(model, value)
+
+
+def checked(model: type[pydantic.BaseModel], value: Any) -> Any:
+    """Return a JSON value as one of the model's. Raises HttpError 422 naming the field that is not."""
     try:
         return model.model_validate(value)
     except pydantic.ValidationError as error:

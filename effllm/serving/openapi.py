@@ -111,7 +111,7 @@ def _operation(operation: Operation, replies: dict[str, Any]) -> dict[str, Any]:
         content = {"application/json": {"schema": replies[str(operation.reply)]}}
     responses: dict[str, Any] = {"200": {"description": MEANINGS[200], "content": content}}
     statuses = set(operation.errors) | {500}
-    if operation.path != "/" and not operation.path.startswith(OPEN):
+    if (operation.method, operation.path) != ("GET", "/") and not operation.path.startswith(OPEN):
         statuses |= {401}
     if operation.queued:
         statuses |= {429, 504}

@@ -17,11 +17,12 @@ from effllm.serving.answers import (
     span_answer,
     words_of,
 )
-from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, timings
+from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, checked, json_reply, timings
 from effllm.serving.forms import HttpError
 from effllm.serving.refusals import BadInput, WrongTask
 from effllm.serving.served import EMBEDDING, POOLED, TOKEN_STATES, ModelInfo, ServedModel, TokenPiece
 from effllm.serving.tei_bodies import (
+    AnyRequest,
     EmbedAllRequest,
     EmbedRequest,
     PredictRequest,
@@ -196,11 +197,28 @@ def _reranker(shared: Shared, call: Call, name: str | None) -> ServedModel:
     name = call.parameters.get("name", name)
     if name is None:
         served = shared.models.models.items()
-        name = next((n for n, m in served if m.info.task == "text-classification" and len(m.info.labels) == 1), None)
+        name = next((n for n, m in served if _reranks(m)), None)
     model = shared.models.find(name, "text-classification")
     if len(model.info.labels) != 1:
         raise WrongTask(f"{model.info.name} has {len(model.info.labels)} labels; reranking needs a model with one")
     return model
+
+
+async def own_task(shared: Shared, call: Call, body: AnyRequest) -> Reply:
+    """Answer as the path of the named model's task does, or of the first model's: where Hugging Face's client asks."""
+    model = any_model(shared, call.parameters.get("name", body.model))
+    given = body.model_dump() | {"model": model.info.name}
+    if model.info.task in EMBEDDING:
+        if isinstance(given.get("inputs"), dict):
+            return await similarity(shared, call, checked(SimilarityRequest, given))
+        return await embed(shared, call, checked(EmbedRequest, given))
+    if _reranks(model) and "query" in given:
+        return await rerank(shared, call, checked(RerankRequest, given))
+    return await predict(shared, call, checked(PredictRequest, given))
+
+
+def _reranks(model: ServedModel) -> bool:
+    return model.info.task == "text-classification" and len(model.info.labels) == 1
 
 
 async def similarity(shared: Shared, call: Call, body: SimilarityRequest) -> Reply:

@@ -76,6 +76,14 @@ class RerankRequest(Request):
     return_text: bool = pydantic.Field(default=False, description="Repeat the texts in the answer.")
 
 
+class AnyRequest(pydantic.BaseModel):
+    """What `/embed`, `/similarity`, `/rerank` or `/predict` takes, whichever of them the model answers."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: Name = None
+
+
 class SimilarityInput(pydantic.BaseModel):
     """A sentence and those to compare it with."""
 
@@ -171,6 +179,7 @@ class Token(pydantic.BaseModel):
 
 One = list[Prediction] | list[Entity] | list[Filling] | list[list[Filling]] | Span
 PredictResponse = One | list[One]
+AnyResponse = list[list[float]] | list[float] | list[Rank] | PredictResponse
 
 
 class ServedInfo(pydantic.BaseModel):
