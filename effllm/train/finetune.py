@@ -35,7 +35,7 @@ from effllm.train.publish import RESULT, publish, write_result
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
 from effllm.train.settings import FinetuneSettings
 from effllm.train.sharding import gathered
-from effllm.train.supervised import SupervisedModel, SupervisedSource, freeze_unreached, make_items
+from effllm.train.supervised import Item, SupervisedModel, SupervisedSource, freeze_unreached, make_items
 from effllm.variant import check_target, weights_digest
 
 LONGEST = 512
@@ -52,6 +52,17 @@ class Supervision:
     train: list[Example]
     dev: list[Example]
     dev_name: str
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the runs of all seeds share. `identity` is what decides their numbers besides the settings."""
+
+    tokenizer: TextTokenizer
+    items: list[Item]
+    teacher: Any
+    teacher_pooling: str
+    identity: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,9 @@ def finetune(
     check_target(target, force=force)
     if seeds < 1:
         raise SettingError(f"--seeds must be at least 1, got {seeds}")
-    if settings.average and dev is None:
-        raise SettingError("--average needs --dev: the mean is kept only where it is better")
+    for name in ("average", "patience", "eval_every"):
+        if getattr(settings, name) and dev is None:
+            raise SettingError(f"--{name.replace('_', '-')} needs --dev: without it nothing is evaluated")
     if not teacher:
         settings.check_untaught()
     goal = _supervision(model, task, train, dev, columns or {})
@@ -121,8 +133,9 @@ def _runs(
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     runs = {seed: work / f"seed-{seed}" for seed in range(settings.seed, settings.seed + seeds)}
+    prepared = _prepare(goal, settings, accelerator, teacher)
     for seed, run in runs.items():
-        for record in _run(goal, run, dataclasses.replace(settings, seed=seed), accelerator, teacher):
+        for record in _run(goal, prepared, run, dataclasses.replace(settings, seed=seed), accelerator):
             yield FinetuneStep(seed, record)
     if accelerator.is_main_process:
         step = {"verb": "finetune", "settings": to_json(settings), "seeds": seeds, "teacher": str(teacher or "")}
@@ -130,7 +143,7 @@ def _runs(
             "task": goal.task.name,
             "parent": {"name": goal.folder.name, "weights_sha256": weights_digest(goal.folder.path)},
             "steps": [step],
-            "max_length": _tokenizer(goal.folder, settings).max_length,
+            "max_length": prepared.tokenizer.max_length,
             "score_range": list(goal.head.score_range),
             "train": {"examples": len(goal.train), "sha256": digest(goal.train)},
             "dev": {"data": goal.dev_name, "examples": len(goal.dev), "sha256": digest(goal.dev)},
@@ -156,36 +169,45 @@ def _supervision(
     return Supervision(folder, chosen, head, examples, dev_examples, Path(dev).name if dev is not None else "")
 
 
-def _run(
-    goal: Supervision, folder: Path, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
-) -> Iterator[StepRecord]:
-    """Make one run of one seed, or what a resumed one lacks: nothing where it has its result."""
+def _prepare(
+    goal: Supervision, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
+) -> _Prepared:
+    """Load the teacher and tokenise the examples, once for all seeds."""
     taught, pooled = _teacher(teacher, goal, settings, accelerator) if teacher else (None, "")
     tokenizer = _tokenizer(goal.folder, settings)
     items = make_items(goal.train, goal.task, tokenizer, goal.head)
-    settings = _with_steps(settings, len(items))
     identity = {
         "verb": "finetune",
         "model": weights_digest(goal.folder.path),
+        "config": goal.folder.config,
         "task": goal.task.name,
         "labels": list(goal.head.labels),
         "data": labelled_digest(goal.train),
         "dev": labelled_digest(goal.dev),
         "teacher": weights_digest(open_folder(teacher).path) if teacher else {},
-        **settings.deciding(),
     }
+    return _Prepared(tokenizer, items, taught, pooled, identity)
+
+
+def _run(
+    goal: Supervision, prepared: _Prepared, folder: Path, settings: FinetuneSettings, accelerator: Accelerator
+) -> Iterator[StepRecord]:
+    """Make one run of one seed, or what a resumed one lacks: nothing where it has its result."""
+    tokenizer = prepared.tokenizer
+    settings = _with_steps(settings, len(prepared.items))
+    identity = {**prepared.identity, **settings.deciding()}
     checkpoint = open_run(folder, identity, accelerator, resume=True, force=False)
     if (folder / RESULT).is_file():
         return
     start = ModelFolder(checkpoint[0].path, goal.folder.config) if checkpoint else goal.folder
     labels = goal.head.labels
     model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
-    module = SupervisedModel(model, goal.task, goal.head, settings, taught, pooled)
+    module = SupervisedModel(model, goal.task, goal.head, settings, prepared.teacher, prepared.teacher_pooling)
     freeze_unreached(module)
     run = Run(
         folder=folder,
         module=module,
-        source=SupervisedSource(items, settings, tokenizer.pad_id, module.terms),
+        source=SupervisedSource(prepared.items, settings, tokenizer.pad_id, module.terms),
         settings=settings,
         evaluate=DevMetric(goal, tokenizer),
         eval_every=settings.eval_every,

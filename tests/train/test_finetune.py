@@ -18,6 +18,7 @@ from conftest import ARCHITECTURES, WORDS, make_model
 from safetensors.numpy import load_file
 
 import effllm
+import effllm.train.finetune as finetuning
 from effllm.errors import ArtifactError, SettingError, Unsupported
 from effllm.train.finetune import finetune
 from effllm.train.settings import FinetuneSettings
@@ -434,3 +435,39 @@ def test_loss_and_gradient_depend_neither_on_processes_nor_on_passes(traces: tup
             for (loss, norm), (expected_loss, expected_norm) in zip(other, found[0], strict=True):
                 assert loss == pytest.approx(expected_loss, rel=1e-5), name
                 assert norm == pytest.approx(expected_norm, rel=1e-4), name
+
+
+def test_seeds_share_what_does_not_depend_on_them(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, file = "token-classification", write_jsonl(tmp_path / "data.jsonl", tagged())
+    run(base, tmp_path / "teacher", task, file)
+    calls = []
+    for name in ("_teacher", "make_items"):
+        plain = getattr(finetuning, name)
+        monkeypatch.setattr(finetuning, name, lambda *a, plain=plain, name=name: calls.append(name) or plain(*a))
+    run(base, tmp_path / "out", task, file, teacher=tmp_path / "teacher", seeds=2)
+    assert sorted(calls) == ["_teacher", "make_items"]
+
+
+@pytest.mark.parametrize("name", ["average", "patience", "eval_every"])
+def test_what_needs_a_dev_file_says_so(base: Path, tmp_path: Path, name: str) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", tagged())
+    with pytest.raises(SettingError, match=f"--{name.replace('_', '-')} needs --dev"):
+        run(base, tmp_path / "out", "token-classification", file, settings={name: 2})
+
+
+def test_a_resumed_run_notices_another_config(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    model = with_config(base, tmp_path / "model")
+    settings = FinetuneSettings(steps=3, batch_size=8, save_every=1)
+
+    def start(**more):
+        return finetune(model, tmp_path / "out", task="text-classification", train=file, settings=settings, **more)
+
+    steps = start()
+    for _ in range(2):
+        next(steps)
+    steps.close()
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_dropout_prob": 0.5}))
+    with pytest.raises(SettingError, match="config"):
+        list(start(resume=True))
