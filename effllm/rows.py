@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from effllm.errors import ArtifactError
+from effllm.files import write_whole
 
 NUMBERS_OF_HOW = ("clients", "rate", "within_ms")
 """Conditions that are numbers wherever they are given; `tokens` and others may be words too."""
@@ -87,9 +88,7 @@ def _check_conditions(how: dict[str, Any]) -> None:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as JSON lines, replacing `path` only when all of them are written."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text("".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import click
 
 from effllm.errors import ArtifactError
+from effllm.files import write_whole
 from effllm.progress import Track
 from effllm.rows import Row, write_rows
 
@@ -58,12 +59,9 @@ def write_html(target: str, rows: Sequence[Row], title: str, notes: Sequence[str
     """Write the HTML report of rows. Raises ArtifactError."""
     from effllm.report import html_page
 
-    path = Path(target)
-    partial = path.with_name(path.name + ".part")
     page = html_page(list(rows), title, list(notes))
     with _writing(target):
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
+        write_whole(Path(target), page)
     say(f"wrote {target}")
 
 

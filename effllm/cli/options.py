@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 import click
 
 from effllm.errors import SettingError
+from effllm.files import PARTIAL
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,7 +31,7 @@ def _can_be_written(context: click.Context, option: click.Parameter, file: str |
         return file
     flag, folder = option.opts[-1], Path(file).parent
     try:
-        for path in (Path(file), Path(f"{file}.part")):
+        for path in (Path(file), Path(f"{file}{PARTIAL}")):
             if path.exists() and not path.is_file():
                 raise SettingError(f"{flag} must name a file to write; {str(path)!r} is something else")
         with tempfile.TemporaryFile(dir=folder):

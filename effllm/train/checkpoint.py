@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from effllm import files
 from effllm.errors import ArtifactError, SettingError
 from effllm.train.loop import Loop
 from effllm.train.optimizers import load_state_tensors, state_tensors
@@ -36,7 +36,6 @@ CHECKPOINTS = "checkpoints"
 OPTIMIZER = Path("training") / "optimizer.safetensors"
 LOSSES = Path("training") / "losses.safetensors"
 RUN = "run.json"
-PARTIAL = ".part"
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _is_new(run: Path) -> bool:
     if not run.is_dir():
         return not run.exists()
     names = {path.name for path in run.iterdir()}
-    return names <= {CHECKPOINTS, f"{RUN}{PARTIAL}"} and not any((run / CHECKPOINTS).glob("*"))
+    return names <= {CHECKPOINTS, f"{RUN}{files.PARTIAL}"} and not any((run / CHECKPOINTS).glob("*"))
 
 
 @contextlib.contextmanager
@@ -101,13 +100,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def write_whole(file: Path, text: str) -> None:
     """Write a text file whole or not at all. Raises ArtifactError when it cannot be written."""
-    partial = file.with_name(f"{file.name}{PARTIAL}")
     with writing(file):
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
+        files.write_whole(file, text)
 
 
 def _check_identity(file: Path, identity: Mapping[str, Any]) -> None:
