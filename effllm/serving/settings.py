@@ -21,7 +21,10 @@ class ServeSettings:
     engine: Literal["onnxruntime", "openvino"] = field(default="onnxruntime", metadata={"help": "what runs the models"})
     threads: int = field(default=0, metadata={"help": "threads per model; 0 = the cores that this process may use"})
     max_tokens: int = field(default=512, metadata={"help": "padded tokens in one batch"})
-    max_queue: int = field(default=256, metadata={"help": "inputs waiting per model; beyond it requests get 429"})
+    max_queue: int = field(
+        default=256,
+        metadata={"help": "inputs (of passages, windows) waiting per model; beyond it requests get 429"},
+    )
     max_inputs: int = field(default=128, metadata={"help": "inputs in one request"})
     max_body: int = field(default=2_000_000, metadata={"help": "bytes in the body of one request"})
     max_connections: int = field(default=1000, metadata={"help": "open connections; beyond it new ones get 503"})
