@@ -52,7 +52,10 @@ class StepSource(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did. `losses` are means over the whole step's counts, in nats; times in seconds."""
+    """What one step did. `losses` are means over the whole step's counts, in nats; times in seconds.
+
+    `data_wait_s` is how long the process waited for a batch, which is fetched while a GPU computes the one before.
+    """
 
     step: int
     losses: dict[str, float]
@@ -109,13 +112,18 @@ class Loop:
         """
         batches = self._batches()
         start = time.perf_counter() - self.elapsed_s
+        ahead: list[MicroBatch] | None = None
         while not self._over():
             began = time.perf_counter()
-            micro_batches = next(batches)
+            micro_batches = ahead or next(batches)
             waited = time.perf_counter() - began
             self.model.train()
             rate = self._set_learning_rate()
-            sums, counts, (tokens, masked, sequences) = self._backward(micro_batches)
+            unread, counts, (tokens, masked, sequences) = self._backward(micro_batches)
+            asked = time.perf_counter()
+            ahead = next(batches, None)  # while a GPU computes what was launched
+            waited += time.perf_counter() - asked
+            sums = unread.cpu().numpy()
             norm = self._update(sums)
             self.step += 1
             self.elapsed_s = time.perf_counter() - start
@@ -169,11 +177,11 @@ class Loop:
         )
         return iter(loader)
 
-    def _backward(self, micro_batches: list[MicroBatch]) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
+    def _backward(self, micro_batches: list[MicroBatch]) -> tuple[torch.Tensor, np.ndarray, tuple[int, int, int]]:
         """Accumulate the step's gradient.
 
-        Returns over all processes the summed losses and their counts, float64 (components,), and how many tokens,
-        masked tokens and sequences there were.
+        Returns over all processes the summed losses, where they were computed, and their counts, both float64
+        (components,), and how many tokens, masked tokens and sequences there were. Waits for no GPU.
         """
         own = np.sum([[*b.counts, b.tokens, b.masked, b.sequences] for b in micro_batches], axis=0, dtype=np.float64)
         whole = self._sum_over_processes(torch.from_numpy(own)).cpu().numpy()
@@ -192,8 +200,8 @@ class Loop:
                 with self.accelerator.autocast():
                     losses = self.model(**to_tensors(batch.arrays, self.accelerator.device))
                 self.accelerator.backward((losses * weights).sum())
-            sums += losses.detach().double()  # stays on the device: reading it would wait for the backward pass
-        return self._sum_over_processes(sums).cpu().numpy(), counts, (sizes[0], sizes[1], sizes[2])
+            sums += losses.detach().double()
+        return self._sum_over_processes(sums), counts, (sizes[0], sizes[1], sizes[2])
 
     def _sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         """Sum float64 values over the processes, in rank order, so that the result does not depend on timing."""
