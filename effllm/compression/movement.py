@@ -4,10 +4,13 @@ Written from Sanh et al. 2020, "Movement pruning: adaptive sparsity by fine-tuni
 learned with it. The layer computes with W ⊙ M; the gradient passes the mask straight through, ∂L/∂S = ∂L/∂(W ⊙ M) ⊙ W
 (section 4), so a score grows while its weight moves away from zero.
 
-- top-k: M keeps the largest scores, fewer along the cubic curve; the scores are the sum of all steps' -∂L/∂S as the
-  section writes it, for Adam, which makes all steps equally large, ranks by noise what moves little
-- soft: M keeps the scores, learned by Adam, whose sigmoid is above a threshold, and a penalty λ · mean of the sigmoids
-  pulls them down, λ rising along the same curve (soft movement pruning); the sparsity is what comes of it
+- top-k: M keeps the largest scores, fewer along the cubic curve
+- soft: M keeps the scores whose sigmoid is above a threshold, and a penalty λ · mean of the sigmoids pulls them down,
+  λ rising along the same curve (soft movement pruning); the sparsity is what comes of it
+
+The paper starts scores at zero and models before they are fine-tuned. A model that has been moves hardly, so that its
+first scores would be noise: here top-k scores start at the weights' magnitudes. Adam moves both at one rate, so that a
+score is the magnitude that its weight would have come to, which is the paper's movement up to where it starts.
 
 Masks are chosen anew at each of the prunings from all weights: one that was out can return. After the last, they stay.
 """
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
     from effllm.exporters.source import Source
 
 
+Start = Literal["magnitude", "zero"]
+
+
 class MovementLinear(nn.Linear):
     """A linear layer under movement pruning: `mask` is what it computes with, `free` what an earlier mask allows."""
 
@@ -43,13 +49,14 @@ class MovementLinear(nn.Linear):
     free: torch.Tensor
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> MovementLinear:
-        """Return a layer with the parameters of `linear` and scores of zero."""
+    def of(cls, linear: nn.Linear, *, start: Start = "zero") -> MovementLinear:
+        """Return a layer with the parameters of `linear` and scores that start at its weights' magnitudes, or at 0."""
         with torch.device("meta"):
             moving = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         moving.weight = linear.weight
         moving.register_parameter("bias", linear.bias)
-        moving.scores = nn.Parameter(torch.zeros_like(linear.weight))
+        weight = linear.weight.detach()
+        moving.scores = nn.Parameter(weight.abs() if start == "magnitude" else torch.zeros_like(weight))
         everything = torch.ones_like(linear.weight, dtype=torch.bool)
         free = linear.mask if isinstance(linear, SparseLinear) else everything
         moving.register_buffer("free", free, persistent=False)
@@ -99,6 +106,7 @@ class Movement(Gradual):
     pattern: Literal["layer", "row", "global", "2:4", "4:8"] = field(
         default="layer", metadata={"help": "top-k: within what weights compete: a layer, a row, all, or n of each m"}
     )
+    start: Start = field(default="magnitude", metadata={"help": "top-k: where the scores start"})
     penalty: float = field(default=100.0, metadata={"help": "soft: weight of the scores' mean sigmoid, at its highest"})
     threshold: float = field(default=0.1, metadata={"help": "soft: weights whose score has a lower sigmoid go"})
     score_rate: float = field(default=0.01, metadata={"help": "soft: how much of a score changes in a step, at most"})
@@ -123,7 +131,8 @@ class Movement(Gradual):
 
     def apply(self, job: WeightsJob) -> Changed:
         """Learn weights and scores together, then set the masks."""
-        layers = {name: MovementLinear.of(linear) for name, linear in linears(job.model).items()}
+        start: Start = "zero" if self.selection == "soft" else self.start
+        layers = {name: MovementLinear.of(linear, start=start) for name, linear in linears(job.model).items()}
         for name, layer in layers.items():
             replace_linear(job.model, name, layer)
         reached = 0.0
@@ -138,8 +147,7 @@ class Movement(Gradual):
         def pull() -> float:
             return cubic(reached, self.penalty) if self.selection == "soft" else 0.0
 
-        soft = self.selection == "soft"
-        with penalised(layers, pull, self._scale) if soft else accumulated(layers):
+        with penalised(layers, pull, self._scale):
             trained = prune_while_training(job, self, prune)
         for name, layer in layers.items():
             replace_linear(job.model, name, layer.plain())
@@ -162,23 +170,6 @@ class Movement(Gradual):
             allowed = {name: score.masked_fill(~layers[name].free, -torch.inf) for name, score in scores.items()}
             masks = Pattern(self.pattern).keep(allowed, cubic(progress, self.sparsity))
         return {name: mask & layers[name].free for name, mask in masks.items()}
-
-
-@contextmanager
-def accumulated(layers: Mapping[str, MovementLinear]) -> Iterator[None]:
-    """Subtract, inside the block, each step's gradient of the scores from them, and let no optimizer see it."""
-
-    def add(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for layer in layers.values():
-            if layer.scores.grad is not None:
-                layer.scores.data.sub_(layer.scores.grad)
-                layer.scores.grad = None
-
-    handle = register_optimizer_step_pre_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 from effllm.compression import parse_method
 from effllm.compression.gradual import cubic, rise, zeros_kept
 from effllm.compression.layers import linears
-from effllm.compression.movement import MovementLinear, accumulated, penalised
+from effllm.compression.movement import MovementLinear, penalised
 from effllm.compression.pipeline import compress
 from effllm.data.english import english_sentences
 from effllm.errors import SettingError
@@ -121,15 +121,16 @@ def test_scores_get_the_straight_through_gradient():
     torch.testing.assert_close(layer.scores.grad, (direct * layer.weight).detach())
 
 
-def test_scores_are_the_sum_of_all_movements():
-    """Two weights that move alike in every step but by 1 to 1,000: Adam would score them alike."""
-    layer = MovementLinear.of(nn.Linear(2, 1, bias=False))
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
-    with accumulated({"layer": layer}):
-        for step in (1.0, 2.0):
-            layer.scores.grad = torch.tensor([[-1.0, -0.001]]) * step
-            optimizer.step()
-    torch.testing.assert_close(layer.scores.detach(), torch.tensor([[3.0, 0.003]]))
+def test_without_movement_the_scores_are_the_magnitudes(classifier, tmp_path):
+    still = f"sparsity=0.5,learning_rate=1e-12,{TRAINED}"
+    zeros = []
+    for spec in ("magnitude:sparsity=0.5", f"movement:{still}", f"movement:start=zero,{still}"):
+        job = make_job(classifier, tmp_path / str(len(zeros)), train=TEXTS[40:64])
+        parse_method(spec).apply(job)
+        zeros.append([linear.weight == 0 for linear in linears(job.model).values()])
+    magnitude, started, unstarted = zeros
+    assert all(torch.equal(one, other) for one, other in zip(magnitude, started, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(magnitude, unstarted, strict=True))
 
 
 def test_the_penalty_is_added_once_a_step():
