@@ -16,6 +16,7 @@ from effllm.rows import Row
 GROUPS = {
     "fewer heads, neurons, layers": ("layers", "heads", "ffn", "structured", "lowrank"),
     "8 and 4 bits": ("int8", "int4", "int4-torch", "nf4", "llm-int8", "fp8", "qat"),
+    "found by search": ("auto",),
     "zeros": ("magnitude", "wanda", "ria", "sparsegpt", "obert", "movement"),
 }
 """Heading of the table -> the first methods of the recipes under it. The order of the last is that of the lines."""
