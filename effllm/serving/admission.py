@@ -33,6 +33,12 @@ SUMMARY_S = 1.0
 """For how long refusals after a first one are only counted before the log says how many there were."""
 
 
+def is_open(method: str, path: str) -> bool:
+    """Return whether a request needs no key."""
+    page = path == "/" and method in {"GET", "HEAD"}
+    return page or any(path == p or path.startswith(f"{p}/") for p in OPEN)
+
+
 @dataclass(frozen=True)
 class _Queue:
     """The models that a request of one path may be for, and the template of that path."""
@@ -86,8 +92,7 @@ class Admission:
 
     def _has_key(self, call: Call) -> bool:
         key = self.shared.key
-        page = call.path == "/" and call.method in {"GET", "HEAD"}
-        if not key or page or any(call.path == p or call.path.startswith(f"{p}/") for p in OPEN):
+        if not key or is_open(call.method, call.path):
             return True
         scheme, _, got = call.headers.get(b"authorization", b"").partition(b" ")
         return hmac.compare_digest(got.strip(), key) and scheme.lower() == b"bearer"

@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 from pydantic.json_schema import models_json_schema
 
-from effllm.serving.admission import OPEN
+from effllm.serving.admission import is_open
 from effllm.serving.exchange import RELEASE, Operation
 from effllm.serving.forms import Api
 
@@ -111,7 +111,8 @@ def _operation(operation: Operation, replies: dict[str, Any]) -> dict[str, Any]:
         content = {"application/json": {"schema": replies[str(operation.reply)]}}
     responses: dict[str, Any] = {"200": {"description": MEANINGS[200], "content": content}}
     statuses = set(operation.errors) | {500}
-    if (operation.method, operation.path) != ("GET", "/") and not operation.path.startswith(OPEN):
+    needs_key = not is_open(operation.method, operation.path)
+    if needs_key:
         statuses |= {401}
     if operation.queued:
         statuses |= {429, 504}
@@ -139,6 +140,6 @@ def _operation(operation: Operation, replies: dict[str, Any]) -> dict[str, Any]:
     if operation.body is not None:
         schema = {"$ref": REF.format(model=operation.body.__name__)}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    if operation.path.startswith(OPEN):
+    if not needs_key:
         described["security"] = []
     return described

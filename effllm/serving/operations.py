@@ -40,7 +40,7 @@ def _tei() -> list[Operation]:
         ),
         ("/rerank", tei.rerank, "Order texts by a query", tei_bodies.RerankRequest, list[tei_bodies.Rank], QUEUED),
         ("/similarity", tei.similarity, "Compare sentences", tei_bodies.SimilarityRequest, list[float], QUEUED),
-        ("/", tei.own_task, "What the model is for", tei_bodies.AnyRequest, tei_bodies.AnyResponse, QUEUED),
+        ("", tei.own_task, "What the model is for", tei_bodies.AnyRequest, tei_bodies.AnyResponse, QUEUED),
         ("/tokenize", tei.tokenize, "Tokenise texts", tei_bodies.TokenizeRequest, list[list[tei_bodies.Token]], False),
     ]
     made = []
@@ -49,7 +49,7 @@ def _tei() -> list[Operation]:
             made.append(
                 Operation(
                     "POST",
-                    (prefix + path).rstrip("/") or "/",
+                    prefix + path or "/",
                     answer,
                     summary,
                     tag,

@@ -22,8 +22,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "effllm_packed"
-INSTALLED = all(importlib.util.find_spec(name) for name in ("effllm_kernels", "triton"))
-KERNEL_DEVICES = ("cuda",) if INSTALLED else ()
+KERNEL_DEVICES = ("cuda",) if all(map(importlib.util.find_spec, ("effllm_kernels", "triton"))) else ()
 """Where the kernel computes. A constant, as torch.compile cannot look for packages."""
 
 

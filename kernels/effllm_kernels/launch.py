@@ -174,14 +174,14 @@ def term_calls(
         args = (*inputs, _term_view(dbias), own, batch, heads, group, dbias.shape[0], dbias.shape[1], *ends)
         calls.append(Call(bias_kernel, programs * _parts(ends[1], size), args, options | {"EVERY_ROW": every}))
     # With tiles of 64 Triton 3.6 lets Hopper's matrix unit read outside the relative kernel's shared memory.
-    size = 32
+    small = 32
     for grad, of_keys in ((dc2p, False), (dp2c, True)):
         if grad is not None:
             columns = min(64, max(16, _power_of_2(grad.shape[3])))
-            programs = _parts(grad.shape[1], size) * _parts(grad.shape[3], columns) * heads * batch
+            programs = _parts(grad.shape[1], small) * _parts(grad.shape[3], columns) * heads * batch
             relative = (*inputs, _view(grad), own, heads, group, grad.shape[3], *ends)
-            more = {"OF_KEYS": of_keys, "COLUMNS": columns}
-            calls.append(Call(relative_kernel, programs, relative, options | {"BLOCK": size} | more))
+            more = {"BLOCK": small, "OF_KEYS": of_keys, "COLUMNS": columns}
+            calls.append(Call(relative_kernel, programs, relative, options | more))
     return calls
 
 
