@@ -6,7 +6,8 @@ TOKENS is a folder that `effllm prepare` wrote, of long documents, so that most 
 For each shape `effllm pretrain`'s own run in bfloat16, 20 % masked, as written and with `--compile`: MFU, tokens/s and
 wait for data of its log, medians over the steps after the first ones, the seconds until the first step is over, and the
 most memory that tensors took. The formula of the MFU stands in the log of every run; it counts matrix products by what
-the data sheet says that the GPU can do. One run each, on one GPU. Writes `results/gpu_training.jsonl`.
+the data sheet says that the GPU can do. One run each, on one GPU. Writes `results/gpu_training.jsonl`, where rows of
+what is not measured this time stay.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import transformers
 
 from effllm.data.vocabulary import Vocabulary
 from effllm.measure.statistics import median_interval
-from effllm.rows import Row, write_rows
+from effllm.rows import Row, read_rows, write_rows
 from effllm.train.attention import implementation
 from effllm.train.devices import describe
 from effllm.train.models import preset_config
@@ -45,8 +46,8 @@ class Shape:
 
 
 SHAPES = {
-    "BERT 12 x 768, 512 tokens": Shape("base", 512, 160),
-    "ModernBERT 12 x 768, 512 tokens": Shape("modern-base", 512, 128),
+    "BERT 12 x 768, 512 tokens": Shape("base", 512, 320),
+    "ModernBERT 12 x 768, 512 tokens": Shape("modern-base", 512, 256),
     "BERT 6 x 512, 128 tokens": Shape("medium", 128, 1536, layers=6),
     "ModernBERT 6 x 512, 128 tokens": Shape("modern-medium", 128, 1536, layers=6),
 }
@@ -123,12 +124,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("--only", nargs="*", choices=SHAPES, default=[*SHAPES], metavar="SHAPE")
+    parser.add_argument("--compiled", action="store_true", help="compiled only")
     parser.add_argument("--steps", type=int, default=STEPS, help="with another number no rows are written")
     options = parser.parse_args()
-    rows: list[Row] = []
+    rows = list(read_rows(RESULTS)) if RESULTS.exists() else []
     for name in options.only:
-        for compiled in (False, True):
-            rows += measure(name, SHAPES[name], options.tokens, options.steps, compiled=compiled)
+        for compiled in (True,) if options.compiled else (False, True):
+            found = measure(name, SHAPES[name], options.tokens, options.steps, compiled=compiled)
+            measured = {(row.how["what"], row.system) for row in found}
+            rows = [*(row for row in rows if (row.how["what"], row.system) not in measured), *found]
             if options.steps == STEPS:
                 write_rows(RESULTS, rows)
 
