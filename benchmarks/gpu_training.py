@@ -19,17 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
 from effllm.data.vocabulary import Vocabulary
 from effllm.measure.statistics import median_interval
 from effllm.rows import Row, read_rows, write_rows
-from effllm.train.attention import implementation
-from effllm.train.devices import describe
 from effllm.train.models import preset_config
 from effllm.train.pretrain import pretrain
 from effllm.train.runlog import read_log
 from effllm.train.settings import PretrainSettings
+from effllm.variant import Variant
 
 RESULTS = Path(__file__).parent / "results" / "gpu_training.jsonl"
 STEPS, FIRST = 40, 10
@@ -83,25 +81,39 @@ def measure(name: str, shape: Shape, tokens: Path, steps: int, *, compiled: bool
         )
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        start, first_s, sizes = time.perf_counter(), 0.0, []
-        for record in pretrain(tokens, out, settings):
+        start, first_s = time.perf_counter(), 0.0
+        for _ in pretrain(tokens, out, settings):
             first_s = first_s or time.perf_counter() - start
-            sizes.append((record.tokens, record.sequences, record.masked))
-        lines = [line for line in read_log(out) if "loss" in line and line["step"] > min(FIRST, steps // 2)]
-    tokens_of, sequences, masked = (sum(column) / len(sizes) for column in zip(*sizes, strict=True))
+        rows = rows_of_run(name, out)
+    how, where, system = rows[0].how, rows[0].machine, rows[0].system
+    rows.append(Row("first step", first_s, "s", system, 1, None, None, how, where))
+    if torch.cuda.is_available():
+        peak = float(torch.cuda.max_memory_allocated())
+        rows.append(Row("peak GPU memory", peak, "bytes", system, 1, None, None, how, where))
+    for row in rows:
+        print(f"{name:32} {system:11} {row.metric:20} {row.value:.4g} {row.unit}", flush=True)
+    return rows
+
+
+def rows_of_run(name: str, run: Path) -> list[Row]:
+    """Return the rows that the log of a run gives, without its first steps."""
+    log, manifest = read_log(run), Variant.open((run / "last").resolve()).manifest
+    lines = [line for line in log if "loss" in line]
+    lines = [line for line in lines if line["step"] > min(FIRST, lines[-1]["step"] // 2)]
+    step = manifest["steps"][-1]
+    tokens = sum(line["tokens"] for line in lines) / len(lines)
     how = {
         "what": name,
-        "batch": shape.batch_size,
-        "tokens a step": round(tokens_of),
-        "mean length": round(tokens_of / sequences, 1),
-        "masked": round(masked / tokens_of, 3),
-        "precision": "bf16",
-        "attention": implementation(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "batch": step["settings"]["batch_size"],
+        "tokens a step": round(tokens),
+        "mean length": round(tokens / step["settings"]["batch_size"], 1),
+        "masked": step["settings"]["mask_rate"],
+        "precision": step["settings"]["precision"],
+        "attention": step["attention"],
+        **{package: manifest["versions"][package] for package in ("torch", "transformers")},
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where, system = describe(device), "compiled" if compiled else "as written"
+    system = "compiled" if step["settings"]["compile"] else "as written"
+    where = next(line["start"]["machine"] for line in log if "start" in line)
     rows = []
     for metric, key, unit in (
         ("MFU", "mfu", "share"),
@@ -110,12 +122,6 @@ def measure(name: str, shape: Shape, tokens: Path, steps: int, *, compiled: bool
     ):
         median, low, high = median_interval([line[key] for line in lines])
         rows.append(Row(metric, median, unit, system, len(lines), low, high, how, where))
-    rows.append(Row("first step", first_s, "s", system, 1, None, None, how, where))
-    if device.type == "cuda":
-        peak = float(torch.cuda.max_memory_allocated())
-        rows.append(Row("peak GPU memory", peak, "bytes", system, 1, None, None, how, where))
-    for row in rows:
-        print(f"{name:32} {system:11} {row.metric:20} {row.value:.4g} {row.unit}", flush=True)
     return rows
 
 
@@ -125,12 +131,16 @@ def main() -> None:
     parser.add_argument("tokens", type=Path)
     parser.add_argument("--only", nargs="*", choices=SHAPES, default=[*SHAPES], metavar="SHAPE")
     parser.add_argument("--compiled", action="store_true", help="compiled only")
+    parser.add_argument("--run", type=Path, help="take the rows of the one shape in --only from the log of this run")
     parser.add_argument("--steps", type=int, default=STEPS, help="with another number no rows are written")
     options = parser.parse_args()
     rows = list(read_rows(RESULTS)) if RESULTS.exists() else []
     for name in options.only:
-        for compiled in (True,) if options.compiled else (False, True):
-            found = measure(name, SHAPES[name], options.tokens, options.steps, compiled=compiled)
+        for compiled in (True,) if options.compiled or options.run else (False, True):
+            if options.run:
+                found = rows_of_run(name, options.run)
+            else:
+                found = measure(name, SHAPES[name], options.tokens, options.steps, compiled=compiled)
             measured = {(row.how["what"], row.system) for row in found}
             rows = [*(row for row in rows if (row.how["what"], row.system) not in measured), *found]
             if options.steps == STEPS:

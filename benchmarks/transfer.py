@@ -1,21 +1,24 @@
 """What ten minutes of pre-training are worth: SST-2 with 2,000 labelled examples, pre-trained against random weights.
 
-    python benchmarks/transfer.py TOKENS SST2 [--seconds 600] [--run DIR]
+    python benchmarks/transfer.py TOKENS SST2 [--seconds 600] [--run DIR] [--learning-rate 3e-4]
 
 TOKENS is a folder that `effllm prepare` wrote (English Wikipedia here), SST2 a folder with `train.jsonl.xz` and
 `dev.jsonl`. Pre-trains the preset `modern-mini` for the given seconds on all cores, then fine-tunes it and the same
 model with random weights with five paired seeds: same examples, order and settings. The gain is the mean of the five
 differences of dev accuracy with a 95 % interval of Student's t. With `--full` one fine-tuning on all examples stands
-beside. A pre-training run made elsewhere, as on a GPU, is taken by `--run`, its seconds by `--seconds`. Writes
-`results/transfer.jsonl`, where rows of other seconds stay. One corpus and one task; the settings were not searched.
+beside. A pre-training run made elsewhere, as on a GPU and of another model, is taken by `--run`, its seconds by
+`--seconds`. Writes `results/transfer.jsonl`, where rows of other seconds stay. One corpus and one task.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import lzma
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -44,9 +47,11 @@ def accuracy(model: Path, train: Path, dev: Path, out: Path, **settings: float) 
     return next(row.value for row in Variant.open(out).rows if row.metric == "accuracy")
 
 
-def random_weights(tokens: Path, out: Path) -> Path:
-    """Write the model that pre-training starts from."""
-    model = build_model("modern-mini", Vocabulary.read(tokens / "tokenizer"), 128, "mlm", 0)
+def random_weights(pretrained: Path, tokens: Path, out: Path) -> Path:
+    """Write the model that pre-training started from."""
+    out.mkdir()
+    shutil.copyfile(pretrained / "config.json", out / "config.json")
+    model = build_model(str(out), Vocabulary.read(tokens / "tokenizer"), 128, "mlm", 0)
     model.save_pretrained(out)
     for name, file in tokenizer_files(tokens / "tokenizer").items():
         (out / name).write_bytes(file.read_bytes())
@@ -60,6 +65,7 @@ def main() -> None:
     parser.add_argument("sst2", type=Path)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--run", type=Path, help="keep the pre-training run here; one that is there is taken")
+    parser.add_argument("--learning-rate", type=float, default=FINETUNE["learning_rate"], help="of both fine-tunings")
     parser.add_argument("--full", action="store_true", help="also fine-tune on all training examples")
     arguments = parser.parse_args()
     dev = arguments.sst2 / "dev.jsonl"
@@ -79,28 +85,39 @@ def main() -> None:
         few = scratch / "few.jsonl"
         chosen = np.random.default_rng(0).permutation(len(lines))[:EXAMPLES]
         few.write_text("\n".join(lines[i] for i in chosen) + "\n", encoding="utf-8")
-        starts = {"pre-trained": last.path, "random weights": random_weights(arguments.tokens, scratch / "random")}
+        starts = {
+            "pre-trained": last.path,
+            "random weights": random_weights(last.path, arguments.tokens, scratch / "random"),
+        }
+        rate = arguments.learning_rate
         found: dict[str, list[float]] = {name: [] for name in starts}
         for seed in range(SEEDS):
             for name, model in starts.items():
-                found[name].append(accuracy(model, few, dev, scratch / f"{name}-{seed}", seed=seed))
+                found[name].append(accuracy(model, few, dev, scratch / f"{name}-{seed}", seed=seed, learning_rate=rate))
                 print(f"seed {seed}  {name:16} {found[name][-1]:.4f}", flush=True)
+        config = json.loads((last.path / "config.json").read_text(encoding="utf-8"))
+        shape = "{model_type}, {num_hidden_layers} layers of {hidden_size}".format(**config)
         everything = arguments.sst2 / "train.jsonl.xz"
-        full = accuracy(last.path, everything, dev, scratch / "full", epochs=1.0) if arguments.full else None
+        full = (
+            accuracy(last.path, everything, dev, scratch / "full", epochs=1.0, learning_rate=rate)
+            if arguments.full
+            else None
+        )
     before = read_rows(RESULTS) if RESULTS.exists() else []
     others = [row for row in before if row.how["pre-training seconds"] != arguments.seconds]
-    write_rows(RESULTS, [*others, *rows_of(found, full, loss, arguments.seconds)])
-
-
-def rows_of(found: dict[str, list[float]], full: float | None, loss: Row, seconds: float) -> list[Row]:
-    """Return the rows of what was found."""
     how = {
-        "pre-training seconds": seconds,
+        "pre-training seconds": arguments.seconds,
         "pre-trained on": loss.machine,
-        "model": "modern-mini, 4 layers of 256",
+        "model": shape,
         "examples": EXAMPLES,
+        "learning rate": rate,
         "split": "dev",
     }
+    write_rows(RESULTS, [*others, *rows_of(found, full, loss, how)])
+
+
+def rows_of(found: dict[str, list[float]], full: float | None, loss: Row, how: dict[str, Any]) -> list[Row]:
+    """Return the rows of what was found."""
     where = machine.describe()
     gains = np.array(found["pre-trained"]) - np.array(found["random weights"])
     half = float(stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains)))
