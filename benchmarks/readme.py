@@ -287,6 +287,7 @@ KERNEL_CASES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("forward, 512 tokens, width 64", "attention forward", {"length": 512, "width": 64}),
     ("forward, 2,048 tokens, width 64", "attention forward", {"length": 2048, "width": 64}),
     ("forward and backward, 128 tokens, width 64", "attention forward + backward", {"length": 128, "width": 64}),
+    ("forward and backward, 256 tokens, width 64", "attention forward + backward", {"length": 256, "width": 64}),
     ("forward and backward, 512 tokens, width 64", "attention forward + backward", {"length": 512, "width": 64}),
     ("forward and backward, 2,048 tokens, width 64", "attention forward + backward", {"length": 2048, "width": 64}),
     ("forward, 2,048 tokens, width 128", "attention forward", {"length": 2048, "width": 128}),
@@ -343,6 +344,8 @@ def _percent(value: float) -> str:
 
 
 BERT_BASE = "12 layers of 768 at 512 tokens, bfloat16"
+BASE: dict[str, object] = {"what": "BERT 12 x 768, 512 tokens"}
+MEDIUM: dict[str, object] = {"what": "ModernBERT 6 x 512, 128 tokens"}
 ON_CORE: dict[str, object] = {"pre-training seconds": 1200.0}
 ON_GPU: dict[str, object] = {"pre-training seconds": 52.0}
 TRAINING: dict[str, list[tuple[str, str, str, Callable[[float], str], dict[str, object]]]] = {
@@ -360,8 +363,16 @@ TRAINING: dict[str, list[tuple[str, str, str, Callable[[float], str], dict[str, 
         ),
     ],
     "gpu_training": [
-        (f"model FLOP utilisation of pre-training on an H100, {BERT_BASE}, compiled", "MFU", "compiled", _percent, {}),
-        ("the same without --compile", "MFU", "as written", _percent, {}),
+        (
+            f"model FLOP utilisation of pre-training on an H100, {BERT_BASE}, compiled",
+            "MFU",
+            "compiled",
+            _percent,
+            BASE,
+        ),
+        ("the same without --compile", "MFU", "as written", _percent, BASE),
+        ("6 layers of 512 at 128 tokens (ModernBERT), compiled", "MFU", "compiled", _percent, MEDIUM),
+        ("share of such a step that is spent in waiting for data", "data wait", "compiled", _percent, MEDIUM),
     ],
     "transfer": [
         (

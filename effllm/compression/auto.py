@@ -11,6 +11,7 @@ off goes on where it was.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from effllm.compression.method import Stage
 from effllm.errors import CheckFailed, GateFailed, SettingError, TrainingStopped, Unsupported
+from effllm.progress import OutOfTime
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
@@ -118,12 +120,20 @@ class Auto:
         return max(passing, key=lambda t: (self.gain(t), -t.drop))
 
     def search(self, trials: Search, max_drop: float, *, distil: bool) -> Trial:
-        """Run trials until the target is reached, nothing is left to try, or the budget is over; return the best."""
-        started = time.monotonic()
+        """Run trials until the target is reached, nothing is left to try, or the budget is over; return the best.
+
+        The first trial may take what it takes, so that there is an answer. Later ones are given up when they show that
+        they would end too late, what comes after training taken to last as long as the first.
+        """
+        end = time.monotonic() + self.budget_minutes * 60
         for specs in self._plan(trials, max_drop, distil=distil):
-            if time.monotonic() - started > self.budget_minutes * 60 and specs not in trials.seen:
+            if time.monotonic() > end and specs not in trials.seen:
                 break
-            trial = trials.run(specs)
+            try:
+                trial = trials.run(specs, until=end - trials.all[0].seconds if trials.seen else math.inf)
+            except OutOfTime as error:
+                trials.given_up = f"{' + '.join(specs)}: {error}"
+                break
             if trial.within(max_drop) and self.reached(trial):
                 break
         return self.best(trials.all, max_drop)
@@ -162,12 +172,14 @@ class Auto:
 class Search:
     """The trials of one search. `make` makes a trial of a row of methods; what it gave is noted in `journal`.
 
-    A journal of an earlier search with the same `identity` is gone on with.
+    `make` is also told when to be done with what trains, on the monotonic clock, and raises OutOfTime where it cannot;
+    `given_up` says which trial that was. A journal of an earlier search with the same `identity` is gone on with.
     """
 
-    make: Callable[[tuple[str, ...]], Trial]
+    make: Callable[[tuple[str, ...], float], Trial]
     journal: Path
     identity: str
+    given_up: str = ""
     seen: dict[tuple[str, ...], Trial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -188,11 +200,14 @@ class Search:
         """Every trial, in the order in which they were made."""
         return list(self.seen.values())
 
-    def run(self, specs: tuple[str, ...]) -> Trial:
-        """Make a trial, or return the one that is there. What the model does not take is a trial too, refused."""
+    def run(self, specs: tuple[str, ...], until: float = math.inf) -> Trial:
+        """Make a trial, or return the one that is there. What the model does not take is a trial too, refused.
+
+        Raises OutOfTime where it shows that what trains will not be done by `until`, on the monotonic clock.
+        """
         if specs not in self.seen:
             try:
-                self.seen[specs] = self.make(specs)
+                self.seen[specs] = self.make(specs, until)
             except REFUSALS as error:
                 self.seen[specs] = Trial(specs, "", drop=1.0, speedup=0.0, size=1.0, seconds=0.0, refused=str(error))
             else:

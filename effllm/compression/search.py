@@ -24,7 +24,7 @@ from effllm.exporters.source import Source
 from effllm.folder import tokenizer_files
 from effllm.measure.quality import compare
 from effllm.measure.statistics import median_interval, ratio_of_medians
-from effllm.progress import Track, silent
+from effllm.progress import Track, bounded, silent
 from effllm.rows import Row
 from effllm.runtime.predictor import Predictor
 from effllm.settings import to_json
@@ -46,16 +46,19 @@ class Trials:
     threads: int
     track: Track
 
-    def make(self, specs: tuple[str, ...]) -> Trial:
-        """Make the variant of a row of methods and measure it against the dense model."""
+    def make(self, specs: tuple[str, ...], until: float) -> Trial:
+        """Make the variant of a row of methods and measure it against the dense model.
+
+        Raises OutOfTime where its training shows that it will end after `until`, on the monotonic clock.
+        """
         started = time.monotonic()
         weights = tuple(s for s in specs if parse_method(s).stage < Stage.GRAPH)
         dense = self.source.folder.path
-        start = self._variant(dense, weights) if weights else dense
-        made = self._variant(start, specs[len(weights) :], prefix=weights)
+        start = self._variant(dense, weights, bounded(self.track, until)) if weights else dense
+        made = self._variant(start, specs[len(weights) :], self.track, prefix=weights)
         return self._measured(specs, made, time.monotonic() - started)
 
-    def _variant(self, model: Path, specs: Sequence[str], prefix: Sequence[str] = ()) -> Path:
+    def _variant(self, model: Path, specs: Sequence[str], track: Track, prefix: Sequence[str] = ()) -> Path:
         """Return the folder of a row of methods on a model, made if it is not there."""
         key = hashlib.sha256(json.dumps([*prefix, *specs]).encode()).hexdigest()[:16]
         out = self.folder / key
@@ -72,7 +75,7 @@ class Trials:
                 dev_limit=self.given.dev_limit,
                 max_drop=EVERY_DROP,
                 threads=self.threads,
-                track=self.track,
+                track=track,
             )
         return out
 
@@ -143,7 +146,7 @@ def search(
         extra |= {"max_drop": max_drop, "trials": [_summary(trial) for trial in runs.all]}
         steps = [{"verb": "compress", "method": auto.name, "settings": to_json(auto)}, *_own_steps(parts, source)]
         kept = [note for note in parts["notes"] if not note.endswith(allowance(EVERY_DROP))]
-        notes = [*kept, *_notes(auto, best, runs.all, max_drop)]
+        notes = [*kept, *_notes(auto, best, runs, max_drop)]
         published = Source(source.folder, task_of(source.folder, parts["task"]), None, None, source.head)
         pipeline.finish(published, staging, steps, parts["model_file"], _rows(runs.all), notes, extra)
         Predictor.open(staging, threads=threads)
@@ -183,8 +186,9 @@ def _rows(trials: Sequence[Trial]) -> list[Row]:
     return list(rows.values())
 
 
-def _notes(auto: Auto, best: Trial, trials: Sequence[Trial], max_drop: float) -> list[str]:
-    lines = [f"trial: {' + '.join(trial.specs)}: {_outcome(trial, max_drop)}" for trial in trials]
+def _notes(auto: Auto, best: Trial, runs: Search, max_drop: float) -> list[str]:
+    lines = [f"trial: {' + '.join(trial.specs)}: {_outcome(trial, max_drop)}" for trial in runs.all]
+    lines += [f"given up: {runs.given_up}"] if runs.given_up else []
     reached = "" if auto.reached(best) or not (auto.target_speedup or auto.target_size) else "; the target was not met"
     return [*lines, f"chosen: {' + '.join(best.specs)}: {best.outcome}, within {allowance(max_drop)}{reached}"]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio, made odd: the step of SplitMix64."""
-ORDER, MASK, PAIR, SPLIT, SAMPLE = range(5)
+ORDER, MASK, PAIR, SPLIT, SAMPLE, DROPOUT = range(6)
 """The purposes of a key; the draws of one purpose tell nothing about those of another."""
 BLOCK = 1 << 40
 """The counters of a stream are read in blocks of this size, one for each use within a purpose."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from effllm.data.draws import DROPOUT, stream_keys
 from effllm.data.masking import EVALUATION, Masking, mask_keys, mask_packed
 from effllm.data.order import permuted
 from effllm.data.ragged import ranges
@@ -25,7 +26,7 @@ class PackedBatch:
 
     `input_ids`, `position_ids` (from 0 in each sample) and `type_ids` are (T,); `lengths` (n,) are the samples' tokens.
     `masked_positions` (M,), ascending, index `input_ids`, and `labels` (M,) are the true ids there. `pair_labels` (n,)
-    are 0, 1, or -100 for a sample without a pair.
+    are 0, 1, or -100 for a sample without a pair. `dropout_keys` (n,) hold the bits of the samples' keys for dropout.
     """
 
     input_ids: np.ndarray
@@ -35,6 +36,7 @@ class PackedBatch:
     masked_positions: np.ndarray
     labels: np.ndarray
     pair_labels: np.ndarray
+    dropout_keys: np.ndarray
 
 
 class PretrainStream:
@@ -126,4 +128,5 @@ def _batch(
         masked_positions=positions,
         labels=labels,
         pair_labels=packed.pair_labels,
+        dropout_keys=stream_keys(DROPOUT, seed, epochs, indices).view(np.int64),
     )

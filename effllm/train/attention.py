@@ -92,13 +92,15 @@ def _packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     sequence_index: torch.Tensor | None = None,
+    dropout_keys: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence of a packed row.
 
     `query`, `key`, `value` (1, heads, T, D); `sequence_index` (n, S) as `sequence_index` makes it. With
     `sliding_window` w, a token sees those less than w places away (transformers passes ModernBERT's half window plus
-    one). Returns (1, T, heads, D). Raises ValueError without `sequence_index`: a packed row without its boundaries has
+    one). `dropout_keys` int64 (n,) decide what the kernel drops; elsewhere `SequenceDropout` does. Returns
+    (1, T, heads, D). Raises ValueError without `sequence_index`: a packed row without its boundaries has
     no meaning.
     """
     if sequence_index is None or attention_mask is not None or query.shape[0] != 1:
@@ -106,7 +108,9 @@ def _packed_attention(
     n, width = sequence_index.shape
     real = sequence_index >= 0
     if query.device.type in KERNEL_DEVICES:
-        return _in_kernels(query, key, value, real, dropout, scaling, sliding_window)[None], None
+        number: Any = None if dropout_keys is None else module.effllm_number
+        seeds = None if dropout_keys is None else dropout_keys + number
+        return _in_kernels(query, key, value, real, dropout, scaling, sliding_window, seeds)[None], None
     # Sequences of one length need no padding: the row is cut by a view.
     places = None if n * width == query.shape[2] else torch.nonzero_static(real.reshape(-1), size=query.shape[2])[:, 0]
 
@@ -131,15 +135,16 @@ def _in_kernels(
     dropout: float,
     scaling: float | None,
     window: int | None,
+    seeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return (T, heads, D): the kernel's attention over the packed row; `real` (n, S) as lengths."""
+    """Return (T, heads, D): the kernel's attention over the packed row; `real` (n, S) as lengths, `seeds` (n,)."""
     from effllm_kernels import flash_attn_varlen_func  # noqa: PLC0415 (loads triton)
 
     starts = functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     side = -1 if window is None else window - 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return flash_attn_varlen_func(
-        q, k, v, starts, starts, real.shape[1], real.shape[1], dropout, scaling, window_size=(side, side)
+        q, k, v, starts, starts, real.shape[1], real.shape[1], dropout, scaling, window_size=(side, side), seed=seeds
     )
 
 

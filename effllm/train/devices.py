@@ -7,7 +7,11 @@ import torch
 from effllm import machine
 
 
-def describe(device: torch.device) -> str:
-    """Return the machine in one line, as rows carry it; where a GPU computes, its name comes first."""
+def describe(device: torch.device | None = None) -> str:
+    """Return the machine in one line, as rows carry it; where a GPU computes, its name comes first.
+
+    Without `device` it is what a training takes: a GPU where there is one.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     host = machine.describe()
     return f"{torch.cuda.get_device_name(device)}; {host}" if device.type == "cuda" else host

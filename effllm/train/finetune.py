@@ -28,6 +28,7 @@ from effllm.tasks import TASKS, Example, Head, Task
 from effllm.tasks.text_classification import MULTI_LABEL
 from effllm.train.averaging import add_average
 from effllm.train.checkpoint import CHECKPOINTS
+from effllm.train.devices import describe
 from effllm.train.distil import CAPTURING, register
 from effllm.train.heads import check_task, load_for_task
 from effllm.train.loop import StepRecord
@@ -294,6 +295,7 @@ class DevMetric:
         predictor = Predictor("model", folder, self.goal.task, self.tokenizer, engine)
         with gathered(inner):
             rows, _ = evaluate(predictor, self.goal.dev, self.goal.dev_name)
+        rows = [dataclasses.replace(row, machine=describe(device)) for row in rows]
         return Evaluation(rows[0].value, rows)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from effllm.data.samples import OBJECTIVES
 from effllm.errors import SettingError, Unsupported
 from effllm.train.attention import Pick
+from effllm.train.dropout import drops, sequence_dropout
 
 IGNORED = -100
 PAIR_MODELS = ("bert",)
@@ -44,6 +45,9 @@ class MaskedLanguageModel(nn.Module):
         self.components = ("mlm",) if objective == "mlm" else ("mlm", objective.removeprefix("mlm+"))
         self._picked = _Picked()
         self._offset = position_offset(model)
+        self._drops = drops(model)
+        for number, module in enumerate(model.modules()):
+            module.effllm_number = number  # by which attention draws its dropout
         self._segments = getattr(model.config, "type_vocab_size", 0) > 1
         body = model.base_model
         body.register_forward_hook(self._keep_masked)
@@ -59,6 +63,7 @@ class MaskedLanguageModel(nn.Module):
         masked_positions: torch.Tensor,
         labels: torch.Tensor,
         pair_labels: torch.Tensor,
+        dropout_keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the summed cross entropies in nats, float32 (components,): of masked tokens, and of pairs.
 
@@ -66,7 +71,7 @@ class MaskedLanguageModel(nn.Module):
 
         `input_ids`, `position_ids` (from 0 in each sequence) and `type_ids` are int64 (T,), one packed row of sequences
         whose places are `sequence_index` (n, S), as `sequence_index` makes it; `masked_positions` and `labels` (M,);
-        `pair_labels` (n,), -100 where a sequence has none.
+        `pair_labels` (n,), -100 where a sequence has none; `dropout_keys` (n,), see `SequenceDropout`.
         """
         self._picked.masked = masked_positions
         self._picked.first = sequence_index[:, 0]
@@ -77,7 +82,9 @@ class MaskedLanguageModel(nn.Module):
         }
         if self._segments:
             inputs["token_type_ids"] = type_ids[None]
-        output = self.model(**inputs)
+        keys = dropout_keys if self._drops and self.training else None
+        with sequence_dropout(keys, position_ids, sequence_index):
+            output = self.model(**inputs, dropout_keys=keys)
         masked = output.logits[0] if len(self.components) == 1 else output.prediction_logits[0]
         sums = [_cross_entropy(masked, labels)]
         if len(self.components) == 2:

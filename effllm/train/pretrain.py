@@ -75,6 +75,7 @@ def micro_batch(batch: PackedBatch, *, pairs: bool = False) -> MicroBatch:
         "masked_positions": batch.masked_positions,
         "labels": batch.labels,
         "pair_labels": batch.pair_labels,
+        "dropout_keys": batch.dropout_keys,
     }
     counts = [len(batch.labels), *([int((batch.pair_labels >= 0).sum())] if pairs else [])]
     return MicroBatch(arrays, np.array(counts, np.float64), len(batch.input_ids), len(batch.labels), len(batch.lengths))

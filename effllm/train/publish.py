@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from effllm import machine
 from effllm.rows import Row
 from effllm.train.averaging import AVERAGE
 from effllm.train.checkpoint import CHECKPOINTS, write_json
+from effllm.train.devices import describe
 from effllm.train.runlog import LOG
 from effllm.variant import MANIFEST, Variant, create, write_manifest
 
@@ -81,7 +81,7 @@ def _spread(runs: list[list[Row]]) -> list[Row]:
                 min(values),
                 max(values),
                 how,
-                machine.describe(),
+                describe(),
             )
         )
     return rows

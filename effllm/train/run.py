@@ -153,7 +153,7 @@ def _out_of_memory(settings: LoopSettings, error: BaseException) -> str:
         smaller = f"halve --pass-tokens (now {settings.pass_tokens})"
     return (
         f"out of memory ({first_line(error)}); go on with --resume and {smaller}: half as much is in memory at a time, "
-        "and the result is the same up to rounding and to what dropout drops"
+        "and the result is the same up to rounding"
     )
 
 

@@ -10,8 +10,8 @@ from effllm.settings import to_json
 from effllm.train.schedules import check_schedule
 
 FREE = frozenset({"accumulate", "pass_tokens", "log_every", "save_every", "keep", "workers", "eval_limit", "average"})
-"""Settings that do not decide a run's numbers, `accumulate` and `pass_tokens` up to rounding and to what dropout drops;
-a resumed run may change them."""
+"""Settings that do not decide a run's numbers, `accumulate` and `pass_tokens` up to rounding; a resumed run may change
+them."""
 
 
 TEACHING = ("distil_logits", "distil_hidden", "distil_attention", "label_weight")
@@ -27,7 +27,7 @@ class LoopSettings:
     batch_size: int = field(default=256, metadata={"help": "sequences in one optimiser step, over all processes"})
     accumulate: int = field(
         default=1,
-        metadata={"help": "micro-batches per process and step; changes results by rounding, and what dropout drops"},
+        metadata={"help": "micro-batches per process and step; changes results by rounding only"},
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     schedule: Literal["linear", "cosine", "wsd", "constant"] = field(
@@ -119,7 +119,7 @@ class FinetuneSettings(LoopSettings):
     epsilon: float = field(default=1e-8, metadata={"help": "added to the root of the mean squared gradient"})
     pass_tokens: int = field(
         default=1024,
-        metadata={"help": "padded tokens in memory at a time; changes results by rounding, and what dropout drops"},
+        metadata={"help": "padded tokens in memory at a time; changes results by rounding only"},
     )
     max_length: int = field(
         default=0, metadata={"help": "most tokens of an input; 0 = what the model takes, up to 512"}

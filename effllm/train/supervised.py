@@ -19,12 +19,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from effllm.data.draws import DROPOUT, draw, stream_keys
 from effllm.data.order import permuted
 from effllm.runtime.tokenizer import INPUTS, Encoding, TextTokenizer, pad_batch
 from effllm.tasks import Example, Head, Task
 from effllm.tasks.task import IGNORED
 from effllm.tasks.text_classification import gives_each_label
 from effllm.train.distil import COMPONENTS, EMBEDDING, Distillation, Seen, observe
+from effllm.train.dropout import drops, sequence_dropout
 from effllm.train.loop import MicroBatch
 from effllm.train.losses import LOSSES
 from effllm.train.settings import FinetuneSettings
@@ -98,12 +100,15 @@ class SupervisedSource:
         indices = np.concatenate(
             [permuted(places[epochs == epoch], count, s.seed, int(epoch)) for epoch in np.unique(epochs)]
         )
-        chosen = sorted((self.items[i] for i in indices), key=lambda item: item.length)
+        keys = stream_keys(DROPOUT, s.seed, epochs, indices)
+        ascending = sorted(range(len(indices)), key=lambda k: self.items[indices[k]].length)
+        chosen = [self.items[indices[k]] for k in ascending]
         passes = cut_passes([item.length * len(item.encodings) for item in chosen], s.pass_tokens, world)
-        return [self._collate([chosen[i] for i in part]) for part in passes[rank::world]]
+        own = passes[rank::world]
+        return [self._collate([chosen[i] for i in part], keys[[ascending[i] for i in part]]) for part in own]
 
-    def _collate(self, items: Sequence[Item]) -> MicroBatch:
-        """Pad the inputs of items, the first inputs before the second ones."""
+    def _collate(self, items: Sequence[Item], keys: np.ndarray) -> MicroBatch:
+        """Pad the inputs of items, the first inputs before the second ones; `keys` are the items'."""
         inputs = [item.encodings[k] for k in range(len(items[0].encodings)) for item in items]
         targets = [item.targets[k] for k in range(len(items[0].targets)) for item in items]
         arrays = pad_batch(inputs, self.pad_id)
@@ -111,6 +116,8 @@ class SupervisedSource:
         stacked = {f"target_{name}": _stack([t[name] for t in targets], width) for name in targets[0]}
         tokens = int(arrays["attention_mask"].sum())
         arrays |= stacked
+        each = [keys if k == 0 else draw(keys, 0, k) for k in range(len(items[0].encodings))]
+        arrays["dropout_keys"] = np.concatenate(each).view(np.int64)
         return MicroBatch(arrays, self.terms.count(arrays), tokens, len(inputs), len(inputs))
 
 
@@ -190,6 +197,7 @@ class SupervisedModel(nn.Module):
         self.distillation = (
             Distillation(teacher, model, distilled, settings.temperature, each_label=each_label) if distilled else None
         )
+        self._drops = drops(model)
         self._takes = tuple(n for n in INPUTS if n in inspect.signature(model.forward).parameters)
 
     def forward(
@@ -201,10 +209,12 @@ class SupervisedModel(nn.Module):
         target_start: torch.Tensor | None = None,
         target_end: torch.Tensor | None = None,
         target_score: torch.Tensor | None = None,
+        dropout_keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the weighted sums (components,), float32.
 
-        The inputs are int64 (n, S); the targets are those of the task, as its `targets` describes them.
+        The inputs are int64 (n, S); the targets are those of the task, as its `targets` describes them; `dropout_keys`
+        (n,), see `SequenceDropout`.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs = {name: given[name] for name in self._takes}
@@ -212,7 +222,9 @@ class SupervisedModel(nn.Module):
         targets = {name: target for name, target in known.items() if target is not None}
         mask = attention_mask == 1
         wanted = frozenset(self.distillation.components if self.distillation else ())
-        seen = self._embedded(observe(self.model, inputs, self._task.outputs, wanted), mask, self._head.pooling)
+        with sequence_dropout(dropout_keys if self._drops and self.training else None):
+            seen = observe(self.model, inputs, self._task.outputs, wanted)
+        seen = self._embedded(seen, mask, self._head.pooling)
         sums = []
         if "label" in self.components:
             sums.append(LOSSES[self._task.name](seen.outputs, targets, mask)[0][None])

@@ -84,7 +84,7 @@ def query_kernel(q, k, v, out, dout, lse, dlse, delta, dq, t, blocks, heads, gro
             k_tile = load_turned(k_ptr, k, j, t, batch, j, exists, WIDTH, BLOCK_D, ACC)
             v_tile = load_rows(v_ptr, v, j, exists, WIDTH, BLOCK_D)
             _p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
-                                           batch * heads + head, batch, head, keys, offset, t, False, BLOCK_M,
+                                           heads, batch, head, keys, offset, t, False, BLOCK_M,
                                            BLOCK_N, ACC)  # fmt: skip
             total = dot_add(dproduct.to(k_tile.dtype), k_tile, total)
     total = turned_back(total * tl.full((), t.scale, ACC), t, batch, i + offset, counts, BLOCK_D, ACC)
@@ -124,7 +124,7 @@ def key_kernel(q, k, v, dout, lse, delta, dk, dv, t, blocks, heads, group, max_q
                 sums = row_sums(lse, batch, first, head, i, counts)
                 known = row_delta(delta, batch, first, head, i, counts)
                 p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts,
-                                                     exists, batch * heads + head, batch, head, keys, offset, t, True,
+                                                     exists, heads, batch, head, keys, offset, t, True,
                                                      BLOCK_M, BLOCK_N, ACC)  # fmt: skip
                 v_total = dot_add(p.to(do_tile.dtype), do_tile, v_total)
                 k_total = dot_add(dproduct.to(q_tile.dtype), q_tile, k_total)
@@ -161,7 +161,7 @@ def whole_kernel(q, k, v, out, dout, lse, dlse, delta, dq, dk, dv, t, heads, gro
             known = write_delta(out_tile, do_tile, dlse, delta, batch, first, head, i, counts, i < queries, ACC)
             sums = row_sums(lse, batch, first, head, i, counts)
             p, _dlogit, dproduct = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, 0, counts, exists,
-                                                 batch * heads + head, batch, head, keys, offset, t, True, BLOCK_M,
+                                                 heads, batch, head, keys, offset, t, True, BLOCK_M,
                                                  BLOCK_N, ACC)  # fmt: skip
             v_total = dot_add(p.to(do_tile.dtype), do_tile, v_total)
             dproduct = dproduct.to(q_tile.dtype)

@@ -68,6 +68,7 @@ def flash_attn_varlen_func(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    seed: int | Tensor | None = None,
 ) -> Any:
     """Return attention of packed sequences: q (T_q, H, D), k and v (T_k, H_k, D), sequence n at cu_seqlens[n:n + 2].
 
@@ -75,7 +76,8 @@ def flash_attn_varlen_func(
     `return_attn_probs`: (out, log-sum-exp (H, T_q), None). Raises ValueError for a `block_table` (paged caches).
 
     Not in FlashAttention's signature: `rotary_cos` and `rotary_sin`, (S, D_rot / 2) or (sequences, S, D_rot / 2), turn
-    q and k as in `attention`. Positions count within each sequence; a row before its sequence's first key stays.
+    q and k as in `attention`. Positions count within each sequence; a row before its sequence's first key stays. `seed`
+    decides dropout as in `attention`, (sequences,) for each its own.
     """
     if block_table is not None:
         raise ValueError("block_table is not supported: keys and values must be contiguous sequences, not pages")
@@ -86,7 +88,7 @@ def flash_attn_varlen_func(
     check_rotary(rotary_cos, rotary_sin, cu_seqlens_k.shape[0] - 1, max_seqlen_k, q.shape[2])
     terms = _packed_terms(
         q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes,
+        softcap, alibi_slopes, seed,
     )._replace(rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved)  # fmt: skip
     out, lse = getattr(torch.ops, NAMESPACE).attention(q, k, v, *terms)
     return (out, lse, None) if return_attn_probs else out
@@ -167,6 +169,7 @@ def _packed_terms(
     window_size: tuple[int, int],
     softcap: float,
     alibi_slopes: Tensor | None,
+    seed: int | Tensor | None = None,
 ) -> Terms:
     if query_starts.shape != key_starts.shape or query_starts.dim() != 1:
         got = f"{tuple(query_starts.shape)} and {tuple(key_starts.shape)}"
@@ -189,7 +192,7 @@ def _packed_terms(
         relative_index=None,
         rotary_cos=None,
         rotary_sin=None,
-        seed=seed_tensor(None, dropout_p, q.device),
+        seed=seed_tensor(seed, dropout_p, q.device, sequences),
         max_query=max_query,
         max_key=max_key,
         left=left,

@@ -88,7 +88,7 @@ def attend(state, q_tile, k, v, k_ptr, v_ptr, i, i0, low, high, valid, batch, he
         decay = tl.exp2(top - safe)
         total = total * decay + tl.sum(p, 1)
         if t.seed is not None:
-            p = tl.where(kept(t, batch * heads + head, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
+            p = tl.where(kept(t, heads, batch, head, i0, j0, BLOCK_M, BLOCK_N), p, 0.0)
         v_tile = load_rows(v_ptr, v, key, exists, WIDTH, BLOCK_D)
         values = dot_add(p.to(v_tile.dtype), v_tile, values * decay[:, None])
         top = highest
@@ -129,7 +129,7 @@ def forward_kernel(q, k, v, out, lse, t, blocks, heads, group, max_query, max_ke
                                           True, ACC)  # fmt: skip
             total = tl.sum(p, 1)
             if t.seed is not None:
-                p = tl.where(kept(t, batch * heads + head, i0, 0, BLOCK_M, BLOCK_N), p, 0.0)
+                p = tl.where(kept(t, heads, batch, head, i0, 0, BLOCK_M, BLOCK_N), p, 0.0)
             values = dot(p.to(v_tile.dtype), v_tile, ACC)
         else:
             state = attend((values, total, top), q_tile, k, v, k_ptr, v_ptr, i, i0, low, full, valid, batch, head,

@@ -84,7 +84,8 @@ def attention(
     more. Where rows see thousands of keys, turning q and k beforehand is likely the faster (not measured).
 
     Dropout is a function of (seed, batch, head, i, j) alone, its rate a multiple of 1/65536. `seed` is a number or a
-    (1,) tensor; without it one is drawn from torch's generator. Sums have a fixed order: equal inputs give equal
+    (1,) tensor, or (B,), each sequence's own: then of (seed, head, i, j), wherever the sequence stands. Without it one
+    is drawn from torch's generator. Sums have a fixed order: equal inputs give equal
     bits, and a sequence's output does not depend, to the bit, on the others in its batch; nor do its gradients, except
     that keys that all fit in one tile (128 at width 64 in half precision) take a shorter path.
 
@@ -196,7 +197,7 @@ def attention_terms(
         relative_index=relative_index,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
-        seed=seed_tensor(seed, dropout_p, q.device),
+        seed=seed_tensor(seed, dropout_p, q.device, batch),
         max_query=queries,
         max_key=k.shape[1],
         left=left,
@@ -236,8 +237,11 @@ def bounds(window: Window, causal: bool) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """Return the dropout seed as (1,) integers, None when nothing is dropped. Raises ValueError for a rate of 1."""
+def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.device, sequences: int) -> Tensor | None:
+    """Return the dropout seed as (1,) or (sequences,) integers, None when nothing is dropped.
+
+    Raises ValueError for a rate of 1 and for other shapes.
+    """
     if not 0 <= dropout_p < 1 - 2**-17:
         wanted = "at least 0 and less than 1, also when rounded to a multiple of 1/65536"
         raise ValueError(f"dropout_p must be {wanted}, got {dropout_p}")
@@ -247,7 +251,7 @@ def seed_tensor(seed: int | Tensor | None, dropout_p: float, device: torch.devic
         return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor):
         return torch.full((1,), seed, dtype=torch.int64, device=device)
-    check_shape("seed", seed, ((1,),))
+    check_shape("seed", seed, ((1,), (sequences,)))
     return seed
 
 

@@ -283,4 +283,5 @@ def _device_terms(terms: Terms) -> device.Terms:
         seed=terms.seed,
         threshold=None if terms.seed is None else terms.threshold,
         rescale=None if terms.seed is None else 65536 / (65536 - terms.threshold),
+        own_seeds=None if terms.seed is None or terms.seed.shape[0] == 1 else 1,
     )

@@ -80,11 +80,14 @@ def dropout_mask(seed: Tensor, threshold: int, first: int, shape: Sequence[int])
     """Return (B, H, S_q, S_k) bool, true where a probability is kept; `first` is the number of the first sequence.
 
     One Philox-4x32-7 draw (Salmon et al. 2011), keyed by the seed and counted by (j div 8, i, sequence · H + head, 0),
-    gives 16 bits to each of 8 neighbouring keys, low halves first; fewer than `threshold` drops.
+    gives 16 bits to each of 8 neighbouring keys, low halves first; fewer than `threshold` drops. Where there is a seed
+    for each sequence it is counted by (j div 8, i, head, 0).
     """
     batch, heads, rows, keys = shape
     device = seed.device
     numbers = first * heads + torch.arange(batch * heads, device=device)
+    if len(seed) > 1:
+        numbers, seed = numbers % heads, seed.repeat_interleave(heads)[:, None, None]
     zero = torch.zeros(batch * heads, rows, -(-keys // 8), dtype=torch.int64, device=device)
     c = [zero + torch.arange(zero.shape[2], device=device), zero + torch.arange(rows, device=device)[:, None]]
     c += [zero + numbers[:, None, None], zero]
@@ -105,10 +108,14 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sequences(q: Tensor, k: Tensor, terms: Terms) -> list[tuple[int, slice, slice, Terms]]:
-    """Return number, rows, keys and own terms of each packed sequence that has rows."""
+    """Return number, rows, keys and own terms of each packed sequence that has rows.
+
+    The number is what dropout counts by, 0 for a sequence with a seed of its own.
+    """
     assert terms.query_starts is not None
     assert terms.key_starts is not None
     starts, key_starts, found = terms.query_starts.tolist(), terms.key_starts.tolist(), []
+    own_seeds = terms.seed is not None and len(terms.seed) > 1
     for n in range(len(starts) - 1):
         one = terms._replace(
             query_starts=None,
@@ -116,9 +123,12 @@ def _sequences(q: Tensor, k: Tensor, terms: Terms) -> list[tuple[int, slice, sli
             alibi_slopes=_of_sequence(terms.alibi_slopes, n, 2),
             rotary_cos=_of_sequence(terms.rotary_cos, n, 3),
             rotary_sin=_of_sequence(terms.rotary_sin, n, 3),
+            seed=_of_sequence(terms.seed, n, 1),
         )
         if starts[n + 1] > starts[n]:
-            found.append((n, slice(starts[n], starts[n + 1]), slice(key_starts[n], key_starts[n + 1]), one))
+            found.append(
+                (0 if own_seeds else n, slice(starts[n], starts[n + 1]), slice(key_starts[n], key_starts[n + 1]), one)
+            )
     return found
 
 

@@ -37,7 +37,7 @@ def logit_gradient(q, k, v, dout, lse, delta, t, batch, head, heads, group, i0, 
     sums = row_sums(lse, batch, first, head, i, counts)
     known = row_delta(delta, batch, first, head, i, counts)
     _, dlogit, _ = gradient_tile(q_tile, k_tile, v_tile, do_tile, sums, known, i0, j0, counts, exists,
-                                 batch * heads + head, batch, head, keys, offset, t, TRANSPOSED, BLOCK, BLOCK,
+                                 heads, batch, head, keys, offset, t, TRANSPOSED, BLOCK, BLOCK,
                                  ACC)  # fmt: skip
     return dlogit
 

@@ -16,9 +16,9 @@ class Terms(NamedTuple):
     q, k, v are (B, S, H, D), or (T, H, D) when `query_starts` and `key_starts`, (sequences + 1,) int32, say where the
     packed sequences begin. Lengths are (B,) int32, masks (B, S) bool, true where a row counts, `heads` (H,) bool, true
     where a head is kept. `bias` is (1|B, 1|H, 1|S_q, S_k). `relative_index` is (S_q + S_k - 1,) int32, the column of
-    distance i - j at place i - j + S_k - 1 of `c2p` (B, S_q, H, R) and `p2c` (B, S_k, H, R). `seed` is (1,) int64.
-    `rotary_cos` and `rotary_sin` are (positions, pairs) or (1|sequences, positions, pairs); key j is at position j, row
-    i at i + S_k - S_q.
+    distance i - j at place i - j + S_k - 1 of `c2p` (B, S_q, H, R) and `p2c` (B, S_k, H, R). `seed` is (1,)
+    int64, or (sequences,), each one's own. `rotary_cos` and `rotary_sin` are (positions, pairs) or
+    (1|sequences, positions, pairs); key j is at position j, row i at i + S_k - S_q.
     One-dimensional tensors are contiguous: kernels read them by their pointers alone (`flat`).
     A row i sees the keys j with -left <= j - (i + S_k - S_q) <= right; UNLIMITED is no bound. `softcap` 0 is none.
     """

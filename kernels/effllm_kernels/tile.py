@@ -65,6 +65,7 @@ class Terms(NamedTuple):
     seed: Any
     threshold: Any
     rescale: Any
+    own_seeds: Any
     end: Any = None
 
 
@@ -210,24 +211,27 @@ def logits(product, batch, head, i, j, ok, keys, offset, t):
 
 
 @triton.jit
-def kept(t, head_number, i0, j0, ROWS: tl.constexpr, KEYS: tl.constexpr):
+def kept(t, heads, batch, head, i0, j0, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Return which probabilities of a (ROWS, KEYS) tile dropout keeps.
 
     One Philox-4x32 draw, keyed by the seed and counted by (j div 8, i, head number), decides 8 neighbouring keys, 16
-    bits each. So the mask is a function of (seed, sequence, head, i, j), whatever the tile.
+    bits each. So the mask is a function of (seed, sequence, head, i, j), whatever the tile; where each sequence has a
+    seed of its own the head is counted alone, so that it does not matter which sequence it is.
     """
+    seed, head_number = t.seed, batch * heads + head
+    if t.own_seeds is not None:
+        seed, head_number = t.seed + batch, head
     rows = (i0 + tl.arange(0, ROWS))[:, None]
     groups = (j0 // 8 + tl.arange(0, KEYS // 8))[None, :]
     zero = tl.zeros((ROWS, KEYS // 8), tl.int32)
-    seed = tl.load(t.seed)
-    a, b, c, d = tl.philox(seed, zero + groups, zero + rows, zero + head_number, zero, PHILOX_ROUNDS)
+    a, b, c, d = tl.philox(tl.load(seed), zero + groups, zero + rows, zero + head_number, zero, PHILOX_ROUNDS)
     words = tl.join(tl.join(a, c), tl.join(b, d))
     draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, KEYS))
     return draws.to(tl.int32) >= t.threshold
 
 
 @triton.jit
-def gradient_tile(q_tile, k_tile, v_tile, do_tile, lse, delta, i0, j0, rows_ok, keys_ok, head_number, batch, head, keys,
+def gradient_tile(q_tile, k_tile, v_tile, do_tile, lse, delta, i0, j0, rows_ok, keys_ok, heads, batch, head, keys,
                   offset, t, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   ACC: tl.constexpr):  # fmt: skip
     """Return a tile of (kept probabilities, d loss / d logit, d loss / d scaled product), keys first if TRANSPOSED.
@@ -252,7 +256,7 @@ def gradient_tile(q_tile, k_tile, v_tile, do_tile, lse, delta, i0, j0, rows_ok, 
     p = tl.exp2(tl.where(visible, power, float("-inf")))  # masked first: with a very negative lse it would overflow
     dropped = p
     if t.seed is not None:
-        keep = kept(t, head_number, i0, j0, BLOCK_M, BLOCK_N)
+        keep = kept(t, heads, batch, head, i0, j0, BLOCK_M, BLOCK_N)
         if TRANSPOSED:
             keep = tl.trans(keep)
         dropped = tl.where(keep, p * tl.full((), t.rescale, ACC), 0.0)

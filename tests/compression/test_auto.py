@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +16,20 @@ from conftest import LABELS, WORDS, make_model
 import effllm
 from effllm.compression.auto import CLOSE, Auto, Search, Trial
 from effllm.errors import GateFailed, SettingError, Unsupported
+from effllm.progress import SURE_S, OutOfTime, bounded, silent
 from effllm.variant import MANIFEST
+
+Make = Callable[[tuple[str, ...], float], Trial]
 
 
 def trial(specs: tuple[str, ...], drop: float, speedup: float, size: float = 0.25) -> Trial:
     return Trial(specs, folder="made", drop=drop, speedup=speedup, size=size, seconds=1.0)
 
 
-def world(limit: float) -> Callable[[tuple[str, ...]], Trial]:
+def world(limit: float) -> Make:
     """A model that keeps its quality down to a share of `limit`, and is faster by what is taken away."""
 
-    def make(specs: tuple[str, ...]) -> Trial:
+    def make(specs: tuple[str, ...], until: float) -> Trial:
         share = next((float(s.split("=")[1].split(",")[0]) for s in specs if s.startswith("structured")), 1.0)
         rescued = any("float_layers" in s for s in specs)
         drop = 0.0 if share >= limit or (rescued and share >= limit - CLOSE) else 0.05
@@ -32,7 +38,7 @@ def world(limit: float) -> Callable[[tuple[str, ...]], Trial]:
     return make
 
 
-def search(folder: Path, make: Callable[[tuple[str, ...]], Trial], identity: str = "a") -> Search:
+def search(folder: Path, make: Make, identity: str = "a") -> Search:
     (folder / "made").mkdir(exist_ok=True)
     return Search(make, folder / "trials.jsonl", identity)
 
@@ -59,7 +65,7 @@ def test_where_half_loses_too_much_it_goes_between_half_and_all(tmp_path: Path) 
 def test_a_share_that_passes_with_float_layers_is_not_trained_again_and_the_search_goes_on_below_it(
     tmp_path: Path,
 ) -> None:
-    def make(specs: tuple[str, ...]) -> Trial:
+    def make(specs: tuple[str, ...], until: float) -> Trial:
         fast = 2.0 * len(specs) * (0.9 if "float" in specs[-1] else 1.0)
         return trial(specs, 0.0 if "float_layers=2" in specs[-1] or len(specs) == 1 else 0.05, fast)
 
@@ -71,7 +77,7 @@ def test_a_share_that_passes_with_float_layers_is_not_trained_again_and_the_sear
 
 
 def test_what_a_model_does_not_take_is_a_refused_trial_and_ends_nothing(tmp_path: Path) -> None:
-    def make(specs: tuple[str, ...]) -> Trial:
+    def make(specs: tuple[str, ...], until: float) -> Trial:
         if len(specs) > 1:
             raise Unsupported("heads that share keys cannot be pruned")
         return trial(specs, 0.0, 2.0)
@@ -106,7 +112,7 @@ def test_a_target_ends_the_search_at_the_first_trial_that_reaches_it(tmp_path: P
 
 def test_nothing_that_passes_is_a_failed_gate(tmp_path: Path) -> None:
     with pytest.raises(GateFailed, match=r"no trial stays within the allowed 1.00%; tried int8: 20.00%"):
-        Auto().search(search(tmp_path, lambda specs: trial(specs, 0.2, 2.0)), 0.01, distil=False)
+        Auto().search(search(tmp_path, lambda specs, until: trial(specs, 0.2, 2.0)), 0.01, distil=False)
 
 
 def test_the_budget_starts_no_more_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +123,42 @@ def test_the_budget_starts_no_more_trials(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(runs.all) == 2
 
 
+def test_a_trial_that_would_end_after_the_budget_is_given_up_and_ends_the_search(tmp_path: Path) -> None:
+    bounds = []
+
+    def make(specs: tuple[str, ...], until: float) -> Trial:
+        bounds.append(until)
+        if len(bounds) == 3:
+            raise OutOfTime("training (distil) would take 20.0 minutes, 8.0 minutes too long")
+        return trial(specs, 0.0, len(bounds))
+
+    runs = search(tmp_path, make)
+    begun = time.monotonic()
+    best = Auto(budget_minutes=2).search(runs, 0.01, distil=True)
+    assert best is runs.all[1]
+    assert len(runs.all) == 2
+    assert runs.given_up.startswith("structured:flops=0.33")
+    assert runs.given_up.endswith("8.0 minutes too long")
+    assert bounds[0] == math.inf  # there must be an answer
+    assert bounds[1] == bounds[2] == pytest.approx(begun + 119, abs=1)  # the first trial's second is kept for the rest
+    assert not search(tmp_path, make).seen.keys() - {t.specs for t in runs.all}
+
+
+@pytest.mark.parametrize(("until", "taken"), [(1000.0, 100), (999.0, 3)])
+def test_bounded_work_ends_when_it_is_sure_to_be_late(
+    monkeypatch: pytest.MonkeyPatch, until: float, taken: int
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("effllm.progress.time.monotonic", lambda: now[0])
+    assert 2 * 10 <= SURE_S < 3 * 10
+    found = []
+    with contextlib.nullcontext() if taken == 100 else pytest.raises(OutOfTime, match=r"^work would take 16.7 minutes"):
+        for item in bounded(silent, until)(range(100), "work", 100):
+            found.append(item)
+            now[0] += 10
+    assert len(found) == taken
+
+
 def test_a_killed_search_goes_on_without_making_a_trial_again(tmp_path: Path) -> None:
     whole = search(tmp_path, world(0.4))
     Auto().search(whole, 0.01, distil=False)
@@ -124,9 +166,9 @@ def test_a_killed_search_goes_on_without_making_a_trial_again(tmp_path: Path) ->
     whole.journal.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # killed while it wrote the third
     made: list[tuple[str, ...]] = []
 
-    def make(specs: tuple[str, ...]) -> Trial:
+    def make(specs: tuple[str, ...], until: float) -> Trial:
         made.append(specs)
-        return world(0.4)(specs)
+        return world(0.4)(specs, until)
 
     again = search(tmp_path, make)
     Auto().search(again, 0.01, distil=False)

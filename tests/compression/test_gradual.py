@@ -97,7 +97,6 @@ def test_written_and_read_again(classifier, texts, tmp_path):
         assert int((linear.weight == 0).sum()) == linear.weight.numel() // 2, name
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU what dropout drops depends on the precision")
 @pytest.mark.parametrize("spec", ["distil:steps=4,batch_size=4", f"magnitude:{TRAINED}"])
 def test_training_in_bf16_goes_the_way_of_fp32(classifier, tmp_path, spec):
     weights = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from effllm_kernels import KERNELS, attention, reference
+from effllm_kernels import KERNELS, attention, flash_attn_varlen_func, reference
 from effllm_kernels.record import Case
 from oracle import output_gradient, results
 
@@ -56,6 +56,28 @@ def test_the_dropout_mask_is_philox_of_seed_head_row_and_key(device):
     seed = torch.tensor([7], device=device)
     kept = reference.dropout_mask(seed, 16384, 0, (batch, heads, 70, length))
     torch.testing.assert_close(out, kept.transpose(1, 2).float() / length / 0.75)
+
+
+@pytest.mark.parametrize("length", [20, 70])
+def test_a_sequence_with_a_seed_of_its_own_drops_the_same_wherever_it_stands(length, device):
+    batch = Case("b", batch=3, queries=length, keys=length, heads=2, width=16).inputs(torch.float32, device)
+    dout, seeds = output_gradient(batch), torch.tensor([5, 2**40 + 1, -3], device=device)
+    want = results(attention, batch | {"dropout_p": 0.25, "seed": seeds}, dout)
+    packed = {name: batch[name].flatten(0, 1) for name in "qkv"}
+    starts = torch.arange(0, 3 * length + 1, length, dtype=torch.int32, device=device)
+    sizes = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": length, "max_seqlen_k": length}
+    row = results(flash_attn_varlen_func, packed | sizes | {"dropout_p": 0.25, "seed": seeds}, dout.flatten(0, 1))
+    for name, both in want.items():
+        assert torch.equal(row[name].view_as(both), both), name
+    for n in range(3):
+        alone = {name: batch[name][n : n + 1] for name in "qkv"} | {"dropout_p": 0.25, "seed": seeds[n : n + 1]}
+        for name, one in results(attention, alone, dout[n : n + 1]).items():
+            assert torch.equal(one[0], want[name][n]), (name, n)
+    shared = attention(**batch, dropout_p=0.25, seed=seeds[:1])
+    assert torch.equal(shared[0], want["out"][0])
+    assert not torch.equal(attention(**batch, dropout_p=0.25, seed=seeds[[0, 0, 0]])[1], shared[1])
+    with pytest.raises(ValueError, match=r"seed must be"):
+        attention(**batch, dropout_p=0.25, seed=seeds[:2])
 
 
 def test_philox_is_philox():

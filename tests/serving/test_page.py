@@ -211,5 +211,6 @@ def test_a_server_with_a_key_is_asked_for_it(browser: Page, models: FakeModels, 
         browser.press("Enter")
         browser.wait("!document.getElementById('form').hidden")
         assert browser.run("$('key-form').hidden")
+        assert browser.run("getComputedStyle($('more')).display") == "none"
         choose(browser, "films")
         assert "positive" in answered(browser)

@@ -26,7 +26,7 @@ TASK = "sentence-similarity"
 TUNED = {
     "steps": 8,
     "batch_size": 8,
-    "dropout": 0.0,
+    "dropout": 0.1,
     "pass_tokens": 60,
     "learning_rate": 3e-3,
     "epsilon": 1e-4,  # or Adam makes whole steps of gradients that are zero up to rounding, as of the keys' biases

@@ -23,7 +23,7 @@ def main(models: Path, tokens: Path, out: Path, masked_lm: Path) -> None:
         task = folder.name.split("--")[1]
         for pass_tokens in (64, 10_000):
             settings = FinetuneSettings(
-                steps=STEPS, batch_size=8, dropout=0.0, pass_tokens=pass_tokens, learning_rate=1e-3
+                steps=STEPS, batch_size=8, dropout=0.1, pass_tokens=pass_tokens, learning_rate=1e-3
             )
             steps = finetune(
                 folder,

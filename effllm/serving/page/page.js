@@ -173,6 +173,7 @@ async function ask(path, body) {
   if (response.status === 401) {
     $("key-form").hidden = false;
     $("key").focus();
+    $("more").hidden = true; /* a link cannot carry the key */
   }
   let value;
   try {

@@ -1,0 +1,147 @@
+"""Dropout whose masks belong to the sequences, not to the batch that they are in.
+
+What is dropped is a pure function of a sequence's key (`effllm.data.draws`), of how many dropouts the forward pass had
+before, and of the place in the sequence, so that it does not depend on padding, micro-batches or processes.
+`SequenceDropout` replaces PyTorch's own dropout, and that of its scaled-dot-product attention, in whatever a model
+does inside the block. The attention kernels' own dropout takes the keys as seeds instead.
+
+The bits are those of the draws' SplitMix64 (Steele, Lea and Flood, 2014): one of its words decides four neighbours,
+16 bits each, so that the rate is a multiple of 1/65536.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from effllm.data.draws import BLOCK, GOLDEN
+
+STEPS = 1 << 16
+"""The rates that there are; a word of 64 bits gives as many decisions as it has parts of so many values."""
+ROW_BITS, HEAD_BITS = 12, 26
+"""A counter holds the groups of four neighbours in its lowest bits, then the row, then the head."""
+LARGEST = 4 << ROW_BITS
+
+
+def signed(word: int) -> int:
+    """Return a 64-bit word as the signed number that has its bits; torch has no unsigned arithmetic."""
+    word &= 2**64 - 1
+    return word - 2**64 if word >> 63 else word
+
+
+def mix(bits: Tensor) -> Tensor:
+    """Return `effllm.data.draws.mix` of int64 words."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ _shifted(bits, shift)) * signed(factor)
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Return the words shifted to the right, zeros moving in."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+def drops(model: Any) -> bool:
+    """Return whether a transformers model drops anything in train mode, by what its config says."""
+    config = model.config.to_dict()
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in config.items())
+
+
+def sequence_dropout(
+    keys: Tensor | None, positions: Tensor | None = None, sequence_index: Tensor | None = None
+) -> contextlib.AbstractContextManager[Any]:
+    """Return `SequenceDropout`, or without keys a context that changes nothing.
+
+    `sequence_index` (n, S) holds the places of the sequences in a packed row, -1 where one has ended.
+    """
+    if keys is None:
+        return contextlib.nullcontext()
+    return SequenceDropout(keys, positions, None if sequence_index is None else (sequence_index >= 0).sum(1))
+
+
+class SequenceDropout(TorchFunctionMode):
+    """Inside the block, what dropout drops is a function of each sequence's key.
+
+    `keys` int64 (n,) are those of the sequences, which tensors hold along their first dimension: token states
+    (n, S, H), pooled states (n, H), attention probabilities (n, heads, S, S). With `positions` int64 (T,) and
+    `lengths` int64 (n,), token states are one packed row (1, T, H) instead, whose tokens have these places in their
+    sequences. Dropout on anything else stays PyTorch's own, such as DeBERTa's on its relative positions, or where there
+    are more than 16,384 heads, rows or columns.
+    """
+
+    def __init__(self, keys: Tensor, positions: Tensor | None = None, lengths: Tensor | None = None) -> None:
+        super().__init__()
+        self._keys, self._positions = keys, positions
+        self._token_keys = None
+        if positions is not None and lengths is not None:
+            self._token_keys = keys.repeat_interleave(lengths, output_size=len(positions))
+        self._calls = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Compute dropout and attention with dropout here, everything else as it is."""
+        if func is functional.dropout:
+            return self._dropout(*args, **(kwargs or {}))
+        if func is functional.scaled_dot_product_attention:
+            return self._attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002 (torch's own signature)
+        rate = round(p * STEPS)
+        if not training or not rate:
+            return functional.dropout(input, 0.0, training, inplace)
+        if rate == STEPS:
+            return input * 0
+        starts = self._starts(*input.shape[:-1])
+        if starts is None or any(size > LARGEST for size in input.shape[1:]):
+            return functional.dropout(input, p, training, inplace)
+        return torch.where(self._kept(starts, input.shape[-1], rate), input * (STEPS / (STEPS - rate)), 0)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, **others: Any,
+    ) -> Tensor:  # fmt: skip
+        """Return softmax(q kᵀ · scale) v with dropped probabilities, (n, heads, S, D)."""
+        if not dropout_p or is_causal or any(others.values()):
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others
+            )
+        logits = (query @ key.transpose(-2, -1)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
+        elif attn_mask is not None:
+            logits = logits + attn_mask
+        return self._dropout(logits.softmax(-1).to(value.dtype), dropout_p) @ value
+
+    def _starts(self, *outer: int) -> Tensor | None:
+        """Return the places in the keys' streams where the rows of a tensor start, in those dimensions before the last.
+
+        None where the tensor does not hold sequences.
+        """
+        if self._token_keys is not None and self._positions is not None and outer == (1, len(self._positions)):
+            return (self._token_keys + self._positions * signed(GOLDEN << ROW_BITS))[None]
+        if not 1 <= len(outer) <= 3 or outer[0] != len(self._keys):
+            return None
+        starts = self._keys
+        for bits, size in zip((HEAD_BITS, ROW_BITS)[3 - len(outer) :], outer[1:], strict=True):
+            starts = starts[..., None] + torch.arange(size, device=starts.device) * signed(GOLDEN << bits)
+        return starts
+
+    def _kept(self, starts: Tensor, columns: int, rate: int) -> Tensor:
+        """Return what is kept of a tensor whose rows start there, bool (…, columns)."""
+        # One group more than is needed where columns divide by 4: compiled, both cases are one.
+        groups = torch.arange(columns // 4 + 1, device=starts.device) * signed(GOLDEN)
+        words = mix(starts[..., None] + (groups + signed(GOLDEN * (self._calls * BLOCK + 1))))
+        self._calls += 1
+        return words.view(torch.int16)[..., :columns] >= rate - STEPS // 2
