@@ -333,6 +333,7 @@ KERNEL = Kernel(
         Case("deberta", batch=1, queries=67, keys=35, heads=2, width=32, terms=("c2p", "p2c", "lengths")),
         Case("softcap", batch=1, queries=40, keys=40, heads=2, width=32, terms=("softcap", "causal")),
         Case("dropout", batch=2, queries=35, keys=70, heads=2, width=32, terms=("dropout", "lengths")),
+        Case("seeds", batch=3, queries=35, keys=70, heads=2, width=32, terms=("dropout", "seeds", "lengths")),
         Case("pruned", batch=1, queries=35, keys=35, heads=4, key_heads=2, width=32, terms=("heads",)),
         Case("rotary", batch=2, queries=40, keys=70, heads=4, key_heads=2, width=32, terms=("rotary", "lengths")),
         Case("interleaved", batch=1, queries=70, keys=70, heads=2, width=40, terms=("interleaved", "window", "mask")),

@@ -67,7 +67,10 @@ class Case:
             "dropout": ("dropout_p", RATE),
         }
         given |= {name: value for term, (name, value) in settings.items() if term in self.terms}
-        return given | ({"seed": SEED} if "dropout" in self.terms else {})
+        if "dropout" in self.terms:
+            own = torch.arange(self.batch, device=device) + SEED
+            given["seed"] = own if "seeds" in self.terms else SEED
+        return given
 
 
 @dataclass(frozen=True)
