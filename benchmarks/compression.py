@@ -44,14 +44,13 @@ class Recipe:
     """A row of methods, `{seed}` and `{group_size}` standing for those; `after` names the recipe it starts from.
 
     `max_drop` is the relative loss on the file `gate` that is allowed: all of it, so that every recipe gives a row, but
-    for a search. A search also trains and times with all cores, as it would by default.
+    for a search.
     """
 
     specs: tuple[str, ...]
     after: str = ""
     max_drop: float = 1.0
     gate: str = "dev.jsonl"
-    threads: int | None = 1
 
     @property
     def trains(self) -> bool:
@@ -84,7 +83,7 @@ RECIPES = {
     "structured 3x": Recipe(("structured:flops=0.33",)),
     "structured 3x + distil": Recipe(("structured:flops=0.33", DISTIL)),
     "structured 3x + distil + int8": Recipe(("int8",), "structured 3x + distil"),
-    "auto": Recipe(("auto:budget_minutes=30,precision=bf16",), max_drop=0.01, gate="test.jsonl", threads=None),
+    "auto": Recipe(("auto:budget_minutes=30,precision=bf16",), max_drop=0.01, gate="test.jsonl"),
     **_sparse(),
 }
 
@@ -117,7 +116,7 @@ class Plan:
                 train=self.data / "train.jsonl.xz",
                 dev=self.data / recipe.gate,
                 max_drop=recipe.max_drop,
-                threads=recipe.threads,
+                threads=1,
             )
             print(f"made {out.name}", flush=True)
         return out

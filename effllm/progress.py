@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
-SURE_S = 20.0
-"""How long work is watched before it is said when it will end."""
+SURE_S, SURE = 20.0, 0.05
+"""How long work is watched before it is said when it will end, and what share of its time that may be wrong by."""
 
 
 class Track(Protocol):
@@ -27,20 +27,22 @@ class OutOfTime(Exception):
     """Work that was bounded would end too late; says which, and by how much. For whoever bounded it, not for users."""
 
 
-def bounded(track: Track, until: float) -> Track:
-    """Return a track whose work raises OutOfTime as soon as it shows that it will end after `until`.
+def bounded(track: Track, until: float, kind: str) -> Track:
+    """Return a track under which work whose name begins with `kind` raises OutOfTime once it is sure to be late.
 
-    `until` is on the monotonic clock, in seconds. Work that takes `SURE_S` or less is let through.
+    That is when, `SURE_S` after its first item, it would end after `until`, on the monotonic clock in seconds, by more
+    than `SURE` of all its time. What comes before the first item does not count for the rest.
     """
 
     def watched(items: Iterable[T], name: str, total: int) -> Iterator[T]:
-        started = time.monotonic()
+        first = 0.0
         for done, item in enumerate(track(items, name, total)):
-            spent = time.monotonic() - started
-            whole = spent * total / max(1, done)
-            late = started + whole - until
-            if spent > SURE_S and late > 0:
-                raise OutOfTime(f"{name} would take {whole / 60:.1f} minutes, {late / 60:.1f} minutes too long")
+            now = time.monotonic()
+            first = first or now
+            each = (now - first) / max(1, done)
+            late = now + (total - done - 1) * each - until
+            if now - first > SURE_S and late > SURE * total * each:
+                raise OutOfTime(f"{name} would take {total * each / 60:.1f} minutes, {late / 60:.1f} minutes too long")
             yield item
 
-    return watched
+    return lambda items, name, total: (watched if name.startswith(kind) else track)(items, name, total)

@@ -77,7 +77,7 @@ class Auto:
     target_size: float = field(
         default=0.0, metadata={"help": "stop at a trial whose file is at most this share of the dense one; 0 = fastest"}
     )
-    budget_minutes: float = field(default=30.0, metadata={"help": "start no trial after this time"})
+    budget_minutes: float = field(default=30.0, metadata={"help": "neither start a trial nor train after this time"})
     distil_steps: int = field(default=2000, metadata={"help": "steps of distillation after pruning, with --train"})
     precision: Literal["fp32", "bf16"] = field(
         default="fp32", metadata={"help": "how distillation computes products: in fp32, or in bf16 by autocast"}
@@ -122,18 +122,20 @@ class Auto:
     def search(self, trials: Search, max_drop: float, *, distil: bool) -> Trial:
         """Run trials until the target is reached, nothing is left to try, or the budget is over; return the best.
 
-        The first trial may take what it takes, so that there is an answer. Later ones are given up when they show that
-        they would end too late, what comes after training taken to last as long as the first.
+        The first trial may take what it takes, so that there is an answer. A later one is given up when its training
+        shows that it would end too late, what comes after it taken to last as long as the first trial.
         """
-        end = time.monotonic() + self.budget_minutes * 60
+        end, reserve = time.monotonic() + self.budget_minutes * 60, 0.0
         for specs in self._plan(trials, max_drop, distil=distil):
             if time.monotonic() > end and specs not in trials.seen:
                 break
+            known, begun = specs in trials.seen, time.monotonic()
             try:
-                trial = trials.run(specs, until=end - trials.all[0].seconds if trials.seen else math.inf)
+                trial = trials.run(specs, until=end - reserve if trials.seen else math.inf)
             except OutOfTime as error:
                 trials.given_up = f"{' + '.join(specs)}: {error}"
                 break
+            reserve = reserve or (trial.seconds if known else time.monotonic() - begun)
             if trial.within(max_drop) and self.reached(trial):
                 break
         return self.best(trials.all, max_drop)

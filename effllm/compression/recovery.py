@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,9 @@ from effllm.folder import open_folder
 from effllm.hf import load_trained
 from effllm.train.recover import Lesson, retrain
 from effllm.train.settings import FinetuneSettings
+
+TRAINING = "training"
+"""How the names of trainings begin that report themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +85,9 @@ def recover(
     teacher = load_trained(open_folder(source.folder.path), source.task.auto_class)
     lesson = Lesson(source.task, source.head, job.tokenizer, job.train, teacher)
     losses = []
-    records = retrain(job.model, lesson, settings, job.work)
-    for record in job.track(records, f"training ({method.name})", steps):
-        losses.append(record.loss)
-        if after_step:
-            after_step(record.step)
+    with contextlib.closing(retrain(job.model, lesson, settings, job.work)) as records:
+        for record in job.track(records, f"{TRAINING} ({method.name})", steps):
+            losses.append(record.loss)
+            if after_step:
+                after_step(record.step)
     return {"steps": steps, "examples": len(job.train), "first_loss": losses[0], "last_loss": losses[-1]}

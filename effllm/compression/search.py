@@ -17,6 +17,7 @@ from effllm.compression import parse_method, pipeline
 from effllm.compression.auto import Auto, Search, Trial
 from effllm.compression.gate import allowance
 from effllm.compression.method import Stage
+from effllm.compression.recovery import TRAINING
 from effllm.compression.texts import Given, Texts, choose_texts
 from effllm.compression.trials import latencies
 from effllm.errors import GateFailed
@@ -54,7 +55,7 @@ class Trials:
         started = time.monotonic()
         weights = tuple(s for s in specs if parse_method(s).stage < Stage.GRAPH)
         dense = self.source.folder.path
-        start = self._variant(dense, weights, bounded(self.track, until)) if weights else dense
+        start = self._variant(dense, weights, bounded(self.track, until, TRAINING)) if weights else dense
         made = self._variant(start, specs[len(weights) :], self.track, prefix=weights)
         return self._measured(specs, made, time.monotonic() - started)
 
@@ -137,7 +138,10 @@ def search(
     try:
         best = auto.search(runs, max_drop, distil=given.train is not None)
     except GateFailed as error:
-        raise GateFailed(f"{error}; the trials stay in {searches} for another --max-drop", _rows(runs.all)) from None
+        late = f"; given up for want of time: {runs.given_up}" if runs.given_up else ""
+        raise GateFailed(
+            f"{error}{late}; the trials stay in {searches} for another --max-drop", _rows(runs.all)
+        ) from None
     with create(target, force=force) as staging:
         shutil.copytree(folder / best.folder, staging, dirs_exist_ok=True)
         parts = read_manifest(staging)

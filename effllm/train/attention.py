@@ -21,6 +21,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from effllm.train.dropout import SequenceDropout
+
 NAME = "effllm_packed"
 KERNEL_DEVICES = ("cuda",) if all(map(importlib.util.find_spec, ("effllm_kernels", "triton"))) else ()
 """Where the kernel computes. A constant, as torch.compile cannot look for packages."""
@@ -92,24 +94,22 @@ def _packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     sequence_index: torch.Tensor | None = None,
-    dropout_keys: torch.Tensor | None = None,
+    sequence_dropout: SequenceDropout | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence of a packed row.
 
     `query`, `key`, `value` (1, heads, T, D); `sequence_index` (n, S) as `sequence_index` makes it. With
     `sliding_window` w, a token sees those less than w places away (transformers passes ModernBERT's half window plus
-    one). `dropout_keys` int64 (n,) decide what the kernel drops; elsewhere `SequenceDropout` does. Returns
-    (1, T, heads, D). Raises ValueError without `sequence_index`: a packed row without its boundaries has
-    no meaning.
+    one). `sequence_dropout` decides what the kernel drops; elsewhere it does so by itself. Returns (1, T, heads, D).
+    Raises ValueError without `sequence_index`: a packed row without its boundaries has no meaning.
     """
     if sequence_index is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError(f"{NAME} takes one packed row with sequence_index and no attention_mask")
     n, width = sequence_index.shape
     real = sequence_index >= 0
     if query.device.type in KERNEL_DEVICES:
-        number: Any = None if dropout_keys is None else module.effllm_number
-        seeds = None if dropout_keys is None else dropout_keys + number
+        seeds = None if sequence_dropout is None else sequence_dropout.seeds()
         return _in_kernels(query, key, value, real, dropout, scaling, sliding_window, seeds)[None], None
     # Sequences of one length need no padding: the row is cut by a view.
     places = None if n * width == query.shape[2] else torch.nonzero_static(real.reshape(-1), size=query.shape[2])[:, 0]

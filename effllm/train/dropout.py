@@ -3,7 +3,8 @@
 What is dropped is a pure function of a sequence's key (`effllm.data.draws`), of how many dropouts the forward pass had
 before, and of the place in the sequence, so that it does not depend on padding, micro-batches or processes.
 `SequenceDropout` replaces PyTorch's own dropout, and that of its scaled-dot-product attention, in whatever a model
-does inside the block. The attention kernels' own dropout takes the keys as seeds instead.
+does inside the block. The attention kernels' own dropout takes `SequenceDropout.seeds` instead. Other attention with
+dropout is written out, since PyTorch's takes no mask for it: its memory grows with the square of the length.
 
 The bits are those of the draws' SplitMix64 (Steele, Lea and Flood, 2014): one of its words decides four neighbours,
 16 bits each, so that the rate is a multiple of 1/65536.
@@ -71,8 +72,8 @@ class SequenceDropout(TorchFunctionMode):
     `keys` int64 (n,) are those of the sequences, which tensors hold along their first dimension: token states
     (n, S, H), pooled states (n, H), attention probabilities (n, heads, S, S). With `positions` int64 (T,) and
     `lengths` int64 (n,), token states are one packed row (1, T, H) instead, whose tokens have these places in their
-    sequences. Dropout on anything else stays PyTorch's own, such as DeBERTa's on its relative positions, or where there
-    are more than 16,384 heads, rows or columns.
+    sequences. Dropout on anything else stays PyTorch's own, such as DeBERTa's on its relative positions, in causal
+    attention, or where there are more than 16,384 columns, or heads or rows of attention.
     """
 
     def __init__(self, keys: Tensor, positions: Tensor | None = None, lengths: Tensor | None = None) -> None:
@@ -82,6 +83,12 @@ class SequenceDropout(TorchFunctionMode):
         if positions is not None and lengths is not None:
             self._token_keys = keys.repeat_interleave(lengths, output_size=len(positions))
         self._calls = 0
+        self._zero = keys[:1] & 0
+
+    def seeds(self) -> Tensor:
+        """Return int64 (n,), what a kernel that drops by itself draws from: others for each call."""
+        self._calls += 1
+        return self._keys + self._calls
 
     def __torch_function__(
         self,
@@ -104,19 +111,21 @@ class SequenceDropout(TorchFunctionMode):
         if rate == STEPS:
             return input * 0
         starts = self._starts(*input.shape[:-1])
-        if starts is None or any(size > LARGEST for size in input.shape[1:]):
+        if starts is None or input.shape[-1] > LARGEST:
             return functional.dropout(input, p, training, inplace)
         return torch.where(self._kept(starts, input.shape[-1], rate), input * (STEPS / (STEPS - rate)), 0)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, **others: Any,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         """Return softmax(q kᵀ · scale) v with dropped probabilities, (n, heads, S, D)."""
-        if not dropout_p or is_causal or any(others.values()):
+        if not dropout_p or is_causal or query.dim() != 4 or max(query.shape[2], key.shape[2]) > LARGEST:
             return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         logits = (query @ key.transpose(-2, -1)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
@@ -133,15 +142,21 @@ class SequenceDropout(TorchFunctionMode):
             return (self._token_keys + self._positions * signed(GOLDEN << ROW_BITS))[None]
         if not 1 <= len(outer) <= 3 or outer[0] != len(self._keys):
             return None
+        if len(outer) == 3 and (outer[1] > LARGEST or outer[2] > LARGEST):
+            return None
         starts = self._keys
         for bits, size in zip((HEAD_BITS, ROW_BITS)[3 - len(outer) :], outer[1:], strict=True):
-            starts = starts[..., None] + torch.arange(size, device=starts.device) * signed(GOLDEN << bits)
+            starts = starts[..., None] + self._numbers(size) * signed(GOLDEN << bits)
         return starts
 
     def _kept(self, starts: Tensor, columns: int, rate: int) -> Tensor:
         """Return what is kept of a tensor whose rows start there, bool (…, columns)."""
         # One group more than is needed where columns divide by 4: compiled, both cases are one.
-        groups = torch.arange(columns // 4 + 1, device=starts.device) * signed(GOLDEN)
+        groups = self._numbers(columns // 4 + 1) * signed(GOLDEN)
         words = mix(starts[..., None] + (groups + signed(GOLDEN * (self._calls * BLOCK + 1))))
         self._calls += 1
         return words.view(torch.int16)[..., :columns] >= rate - STEPS // 2
+
+    def _numbers(self, count: int) -> Tensor:
+        """Return 0 … count - 1, of 64 bits also when compiled for a GPU, where an index has 32."""
+        return torch.arange(count, device=self._zero.device) + self._zero

@@ -4,8 +4,8 @@ A step's batch comes as micro-batches, spread over accumulation and processes. E
 are divided by the counts of the whole step, which are exchanged before the first backward pass. So a step's gradient is
 that of one big batch, whatever the split (the Hugging Face Trainer averages means of unequal parts instead).
 
-Everything random is a function of (seed, step, micro-batch): a run that is killed and resumed from a checkpoint repeats
-its steps bit for bit on the CPU.
+Everything random is a function of the seed and the examples, or of the step where it belongs to none: a run that is
+killed and resumed from a checkpoint repeats its steps bit for bit on the CPU.
 """
 
 from __future__ import annotations

@@ -46,8 +46,6 @@ class MaskedLanguageModel(nn.Module):
         self._picked = _Picked()
         self._offset = position_offset(model)
         self._drops = drops(model)
-        for number, module in enumerate(model.modules()):
-            module.effllm_number = number  # by which attention draws its dropout
         self._segments = getattr(model.config, "type_vocab_size", 0) > 1
         body = model.base_model
         body.register_forward_hook(self._keep_masked)
@@ -83,8 +81,8 @@ class MaskedLanguageModel(nn.Module):
         if self._segments:
             inputs["token_type_ids"] = type_ids[None]
         keys = dropout_keys if self._drops and self.training else None
-        with sequence_dropout(keys, position_ids, sequence_index):
-            output = self.model(**inputs, dropout_keys=keys)
+        with sequence_dropout(keys, position_ids, sequence_index) as dropout:
+            output = self.model(**inputs, sequence_dropout=dropout)
         masked = output.logits[0] if len(self.components) == 1 else output.prediction_logits[0]
         sums = [_cross_entropy(masked, labels)]
         if len(self.components) == 2:

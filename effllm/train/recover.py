@@ -5,7 +5,7 @@ The same loop, losses and data order as fine-tuning, without evaluation: the las
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Lesson:
     teacher: Any = None
 
 
-def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) -> Iterator[StepRecord]:
+def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) -> Generator[StepRecord]:
     """Train `model` in place, in train mode while it runs and in eval mode afterwards; yields after each step.
 
     While it runs the model is on the GPU where there is one, and afterwards back where it was. With a weight on the

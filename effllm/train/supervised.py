@@ -38,6 +38,10 @@ PASS_TOKENS = 64
 layers of 384 and 30,522 embeddings, 30 ms where a token takes 0.7."""
 
 
+INPUT_KEYS = 1 << 23
+"""The block of an example's draws that gives its inputs their keys for dropout."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One training example: its inputs, one or two of them, and what the loss needs for each."""
@@ -116,7 +120,7 @@ class SupervisedSource:
         stacked = {f"target_{name}": _stack([t[name] for t in targets], width) for name in targets[0]}
         tokens = int(arrays["attention_mask"].sum())
         arrays |= stacked
-        each = [keys if k == 0 else draw(keys, 0, k) for k in range(len(items[0].encodings))]
+        each = [draw(keys, INPUT_KEYS, k) for k in range(len(items[0].encodings))]
         arrays["dropout_keys"] = np.concatenate(each).view(np.int64)
         return MicroBatch(arrays, self.terms.count(arrays), tokens, len(inputs), len(inputs))
 

@@ -67,10 +67,8 @@ class Case:
             "dropout": ("dropout_p", RATE),
         }
         given |= {name: value for term, (name, value) in settings.items() if term in self.terms}
-        if "dropout" in self.terms:
-            own = torch.arange(self.batch, device=device) + SEED
-            given["seed"] = own if "seeds" in self.terms else SEED
-        return given
+        own = torch.arange(self.batch, device=device) + SEED
+        return given | ({"seed": own if "seeds" in self.terms else SEED} if "dropout" in self.terms else {})
 
 
 @dataclass(frozen=True)

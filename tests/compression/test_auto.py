@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from conftest import LABELS, WORDS, make_model
 import effllm
 from effllm.compression.auto import CLOSE, Auto, Search, Trial
 from effllm.errors import GateFailed, SettingError, Unsupported
-from effllm.progress import SURE_S, OutOfTime, bounded, silent
+from effllm.progress import SURE, SURE_S, OutOfTime, bounded, silent
 from effllm.variant import MANIFEST
 
 Make = Callable[[tuple[str, ...], float], Trial]
@@ -116,47 +115,75 @@ def test_nothing_that_passes_is_a_failed_gate(tmp_path: Path) -> None:
 
 
 def test_the_budget_starts_no_more_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter(range(0, 10_000, 50))
+    now = iter(range(0, 10_000, 25))
     monkeypatch.setattr("effllm.compression.auto.time.monotonic", lambda: float(next(now)))
     runs = search(tmp_path, world(0.1))
     Auto(budget_minutes=2).search(runs, 0.01, distil=False)
     assert len(runs.all) == 2
 
 
-def test_a_trial_that_would_end_after_the_budget_is_given_up_and_ends_the_search(tmp_path: Path) -> None:
-    bounds = []
+def test_a_trial_that_would_end_after_the_budget_is_given_up_and_ends_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, bounds = [5.0], []
+    monkeypatch.setattr("effllm.compression.auto.time.monotonic", lambda: now[0])
 
     def make(specs: tuple[str, ...], until: float) -> Trial:
         bounds.append(until)
         if len(bounds) == 3:
             raise OutOfTime("training (distil) would take 20.0 minutes, 8.0 minutes too long")
+        now[0] += 10
         return trial(specs, 0.0, len(bounds))
 
     runs = search(tmp_path, make)
-    begun = time.monotonic()
     best = Auto(budget_minutes=2).search(runs, 0.01, distil=True)
     assert best is runs.all[1]
     assert len(runs.all) == 2
     assert runs.given_up.startswith("structured:flops=0.33")
     assert runs.given_up.endswith("8.0 minutes too long")
-    assert bounds[0] == math.inf  # there must be an answer
-    assert bounds[1] == bounds[2] == pytest.approx(begun + 119, abs=1)  # the first trial's second is kept for the rest
-    assert not search(tmp_path, make).seen.keys() - {t.specs for t in runs.all}
+    assert bounds == [math.inf, 115.0, 115.0]  # there must be an answer; ten seconds are kept for what follows training
+    assert [t.specs for t in search(tmp_path, make).all] == [t.specs for t in runs.all]
 
 
-@pytest.mark.parametrize(("until", "taken"), [(1000.0, 100), (999.0, 3)])
+@pytest.mark.parametrize(("name", "until", "last"), [("work (a)", 1240.0, 99), ("work (a)", 1230.0, 3), ("b", 0.0, 99)])
 def test_bounded_work_ends_when_it_is_sure_to_be_late(
-    monkeypatch: pytest.MonkeyPatch, until: float, taken: int
+    monkeypatch: pytest.MonkeyPatch, name: str, until: float, last: int
 ) -> None:
+    """Its first item takes 300 s, each of the others ten: it ends at 1,290, and may be wrong by 50."""
     now = [0.0]
     monkeypatch.setattr("effllm.progress.time.monotonic", lambda: now[0])
     assert 2 * 10 <= SURE_S < 3 * 10
-    found = []
-    with contextlib.nullcontext() if taken == 100 else pytest.raises(OutOfTime, match=r"^work would take 16.7 minutes"):
-        for item in bounded(silent, until)(range(100), "work", 100):
-            found.append(item)
-            now[0] += 10
-    assert len(found) == taken
+    assert SURE * 1000 == 50
+
+    def work() -> Iterator[int]:
+        for item in range(100):
+            now[0] += 10 if item else 300
+            yield item
+
+    late = r"^work \(a\) would take 16.7 minutes, 1.0 minutes too long"
+    with contextlib.nullcontext() if last == 99 else pytest.raises(OutOfTime, match=late):
+        list(bounded(silent, until, "work")(work(), name, 100))
+    assert now[0] == 300 + 10 * last
+
+
+def test_a_training_that_is_given_up_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first trial is the result then; where it loses too much, the error says what was given up."""
+    monkeypatch.setattr("effllm.progress.SURE_S", 0.0)
+    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(4 + i % 9)) for i in range(40)]
+    labels = LABELS["text-classification"]
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"text": t, "label": labels[i % 3]}) + "\n" for i, t in enumerate(texts)))
+    model = make_model(tmp_path / "model")
+    auto = Auto(distil_steps=100_000, budget_minutes=1.0)
+    made = effllm.compress(model, tmp_path / "out", method=auto, train=train, max_drop=1.0, threads=1)
+    assert [step["method"] for step in made.manifest["steps"]] == ["auto", "int8"]
+    assert any("given up: structured:flops=0.5" in note for note in made.manifest["notes"])
+    with pytest.raises(GateFailed, match=r"given up for want of time: structured:flops=0.5 .* training \(distil\)"):
+        effllm.compress(model, tmp_path / "other", method=auto, train=train, max_drop=-1.0, threads=1)
+    assert "Traceback" not in capfd.readouterr().err
+    assert not list((tmp_path / ".other.search").glob("*/.*tmp*"))
 
 
 def test_a_killed_search_goes_on_without_making_a_trial_again(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_packed_batches_of_all_sizes_share_one_graph(
         arrays = to_tensors(batch.arrays, torch.device("cpu"))
         wanted, got = plain(**arrays), compiled(**arrays)
         got.sum().backward()
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(got, wanted, rtol=1e-5 if drops else 1e-6, atol=0)  # another mask: 1e-3 and more
         if in_kernels and not drops:  # what the kernel drops is its own
             with monkeypatch.context() as elsewhere:
                 elsewhere.setattr(attention, "KERNEL_DEVICES", ())

@@ -26,7 +26,7 @@ from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
 from effllm.train.pretrain import PretrainSource
 from effllm.train.settings import FinetuneSettings
-from effllm.train.supervised import Item, SupervisedSource, Terms
+from effllm.train.supervised import INPUT_KEYS, Item, SupervisedSource, Terms
 
 KEYS = stream_keys(DROPOUT, 7, 0, np.arange(3)).view(np.int64)
 RATE = 0.25
@@ -101,7 +101,7 @@ def test_attention_drops_probabilities(mask: str) -> None:
     torch.testing.assert_close(got, (logits.softmax(-1) * kept) @ v, rtol=1e-5, atol=1e-6)  # softmax is in float32
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 8), (1, 5, 8), (5,), (2, 3, 4, 5, 6), (2, 20_000, 8)])
+@pytest.mark.parametrize("shape", [(4, 5, 8), (1, 5, 8), (5,), (2, 3, 4, 5, 6), (2, 8, 20_000)])
 def test_on_what_belongs_to_no_sequence_it_is_pytorchs_own(shape: tuple[int, ...]) -> None:
     found = []
     for keyed in (False, True):
@@ -109,6 +109,32 @@ def test_on_what_belongs_to_no_sequence_it_is_pytorchs_own(shape: tuple[int, ...
         with SequenceDropout(keys(0, 1)) if keyed else contextlib.nullcontext():
             found.append(functional.dropout(torch.ones(shape), 0.5))
     assert torch.equal(*found)
+
+
+def test_a_packed_row_may_be_longer_than_any_sequence() -> None:
+    lengths = [9000, 8000, 3000]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    with SequenceDropout(keys(0, 1, 2), positions, torch.tensor(lengths)):
+        row = functional.dropout(torch.ones(1, sum(lengths), 4), RATE)
+    for n, part in enumerate(row[0].split(lengths)):
+        with SequenceDropout(keys(n)):
+            assert torch.equal(part, functional.dropout(torch.ones(1, lengths[n], 4), RATE)[0])
+
+
+def test_grouped_heads_drop_as_many_heads_of_their_own() -> None:
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    with SequenceDropout(keys(0, 1)):
+        got = functional.scaled_dot_product_attention(q, k, v, dropout_p=RATE, enable_gqa=True)
+    with SequenceDropout(keys(0, 1)):
+        every = [x.repeat_interleave(2, 1) for x in (k, v)]
+        torch.testing.assert_close(got, functional.scaled_dot_product_attention(q, *every, dropout_p=RATE))
+
+
+def test_kernels_get_other_seeds_in_each_call() -> None:
+    drawn = SequenceDropout(keys(0, 1))
+    first, second = drawn.seeds(), drawn.seeds()
+    assert not set(first.tolist()) & set(second.tolist())
+    assert torch.equal(SequenceDropout(keys(1)).seeds(), first[1:])
 
 
 def dropping(architecture: str, attention: str) -> Any:
@@ -195,7 +221,8 @@ def test_in_the_kernels_it_does_not_depend_on_the_batch_either(
 def test_an_example_has_its_key_whatever_batch_it_is_in() -> None:
     made = [Encoding([5] * n, [0] * n, [], [], [], [], cast(TextTokenizer, None)) for n in range(9, 2, -1)]
     items = [Item((one, one), ({}, {})) for one in made]
-    expected = dict(zip(range(9, 2, -1), stream_keys(DROPOUT, 3, 0, np.arange(7)).view(np.int64), strict=True))
+    own = draw(stream_keys(DROPOUT, 3, 0, np.arange(7)), INPUT_KEYS, 0).view(np.int64)
+    expected = dict(zip(range(9, 2, -1), own, strict=True))
     for batch_size, pass_tokens in ((7, 20), (7, 1000), (3, 1000)):
         settings = FinetuneSettings(batch_size=batch_size, pass_tokens=pass_tokens, seed=3)
         source = SupervisedSource(items, settings, 0, Terms((), per_token=False))
