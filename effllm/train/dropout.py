@@ -83,7 +83,6 @@ class SequenceDropout(TorchFunctionMode):
         if positions is not None and lengths is not None:
             self._token_keys = keys.repeat_interleave(lengths, output_size=len(positions))
         self._calls = 0
-        self._zero = keys[:1] & 0
 
     def seeds(self) -> Tensor:
         """Return int64 (n,), what a kernel that drops by itself draws from: others for each call."""
@@ -110,10 +109,10 @@ class SequenceDropout(TorchFunctionMode):
             return functional.dropout(input, 0.0, training, inplace)
         if rate == STEPS:
             return input * 0
-        starts = self._starts(*input.shape[:-1])
-        if starts is None or input.shape[-1] > LARGEST:
+        found = self._kept(input.shape, rate)
+        if found is None:
             return functional.dropout(input, p, training, inplace)
-        return torch.where(self._kept(starts, input.shape[-1], rate), input * (STEPS / (STEPS - rate)), 0)
+        return torch.where(found, input * (STEPS / (STEPS - rate)), 0)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -133,30 +132,43 @@ class SequenceDropout(TorchFunctionMode):
             logits = logits + attn_mask
         return self._dropout(logits.softmax(-1).to(value.dtype), dropout_p) @ value
 
-    def _starts(self, *outer: int) -> Tensor | None:
-        """Return the places in the keys' streams where the rows of a tensor start, in those dimensions before the last.
-
-        None where the tensor does not hold sequences.
-        """
+    def _kept(self, shape: Sequence[int], rate: int) -> Tensor | None:
+        """Return what is kept of a tensor of this shape, bool; None where it does not hold sequences."""
+        outer, places = shape[:-1], None
         if self._token_keys is not None and self._positions is not None and outer == (1, len(self._positions)):
-            return (self._token_keys + self._positions * signed(GOLDEN << ROW_BITS))[None]
-        if not 1 <= len(outer) <= 3 or outer[0] != len(self._keys):
+            keys, places = self._token_keys, self._positions
+        elif 1 <= len(outer) <= 3 and outer[0] == len(self._keys):
+            keys = self._keys
+        else:
             return None
-        if len(outer) == 3 and (outer[1] > LARGEST or outer[2] > LARGEST):
+        if shape[-1] > LARGEST or (len(outer) == 3 and (outer[1] > LARGEST or outer[2] > LARGEST)):
             return None
-        starts = self._keys
-        for bits, size in zip((HEAD_BITS, ROW_BITS)[3 - len(outer) :], outer[1:], strict=True):
-            starts = starts[..., None] + self._numbers(size) * signed(GOLDEN << bits)
-        return starts
-
-    def _kept(self, starts: Tensor, columns: int, rate: int) -> Tensor:
-        """Return what is kept of a tensor whose rows start there, bool (…, columns)."""
-        # One group more than is needed where columns divide by 4: compiled, both cases are one.
-        groups = self._numbers(columns // 4 + 1) * signed(GOLDEN)
-        words = mix(starts[..., None] + (groups + signed(GOLDEN * (self._calls * BLOCK + 1))))
         self._calls += 1
-        return words.view(torch.int16)[..., :columns] >= rate - STEPS // 2
+        found: Tensor = torch.ops.effllm.kept(keys, places, shape, self._calls - 1, rate)
+        return found
 
-    def _numbers(self, count: int) -> Tensor:
-        """Return 0 … count - 1, of 64 bits also when compiled for a GPU, where an index has 32."""
-        return torch.arange(count, device=self._zero.device) + self._zero
+
+@torch.library.custom_op(
+    "effllm::kept",
+    mutates_args=(),
+    schema="(Tensor keys, Tensor? places, SymInt[] shape, SymInt call, SymInt rate) -> Tensor",
+)
+def kept(keys: Tensor, places: Tensor | None, shape: Sequence[int], call: int, rate: int) -> Tensor:
+    """Return what is kept of a tensor (n, …, columns), or of a packed row (1, T, columns) of tokens at `places`.
+
+    An operator, so that compiled code does not differ by a bit: compilers take 64-bit arithmetic on places for indices.
+    """
+    starts = keys
+    if places is not None:
+        starts = (keys + places * signed(GOLDEN << ROW_BITS))[None]
+    else:
+        for bits, size in zip((HEAD_BITS, ROW_BITS)[4 - len(shape) :], shape[1:-1], strict=True):
+            starts = starts[..., None] + torch.arange(size, device=keys.device) * signed(GOLDEN << bits)
+    groups = torch.arange(shape[-1] // 4 + 1, device=keys.device) * signed(GOLDEN)
+    words = mix(starts[..., None] + (groups + signed(GOLDEN * (call * BLOCK + 1))))
+    return words.view(torch.int16)[..., : shape[-1]] >= rate - STEPS // 2
+
+
+@kept.register_fake
+def _(keys: Tensor, places: Tensor | None, shape: Sequence[int], call: int, rate: int) -> Tensor:
+    return keys.new_empty(shape, dtype=torch.bool)
