@@ -48,10 +48,9 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
     return (bits >> by) & (2 ** (64 - by) - 1)
 
 
-def drops(model: Any) -> bool:
-    """Return whether a transformers model drops anything in train mode, by what its config says."""
-    config = model.config.to_dict()
-    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in config.items())
+def rates(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return a transformers config's dropout probabilities, by whatever names the architecture gives them."""
+    return {name: value for name, value in config.items() if "drop" in name and isinstance(value, float)}
 
 
 def sequence_dropout(

@@ -14,6 +14,7 @@ from effllm.hf import load_folder
 from effllm.tasks import Task
 from effllm.tasks.text_classification import label_index
 from effllm.train.distil import CAPTURING, register
+from effllm.train.dropout import rates
 
 FINETUNED = ("text-classification", "token-classification", "question-answering", "sentence-similarity")
 
@@ -70,7 +71,7 @@ def _dropout_settings(folder: ModelFolder, dropout: float) -> dict[str, float]:
     if dropout < 0:
         return {}
     config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False).to_dict()
-    return {name: dropout for name, value in config.items() if "drop" in name and isinstance(value, float)}
+    return dict.fromkeys(rates(config), dropout)
 
 
 def _fit_last_layer(model: Any, own: Sequence[str], labels: Sequence[str], drawn: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from effllm.data.samples import OBJECTIVES
 from effllm.errors import SettingError, Unsupported
 from effllm.train.attention import Pick
-from effllm.train.dropout import drops, sequence_dropout
+from effllm.train.dropout import rates, sequence_dropout
 
 IGNORED = -100
 PAIR_MODELS = ("bert",)
@@ -45,7 +45,7 @@ class MaskedLanguageModel(nn.Module):
         self.components = ("mlm",) if objective == "mlm" else ("mlm", objective.removeprefix("mlm+"))
         self._picked = _Picked()
         self._offset = position_offset(model)
-        self._drops = drops(model)
+        self._drops = any(rates(model.config.to_dict()).values())
         self._segments = getattr(model.config, "type_vocab_size", 0) > 1
         body = model.base_model
         body.register_forward_hook(self._keep_masked)

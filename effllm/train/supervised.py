@@ -26,7 +26,7 @@ from effllm.tasks import Example, Head, Task
 from effllm.tasks.task import IGNORED
 from effllm.tasks.text_classification import gives_each_label
 from effllm.train.distil import COMPONENTS, EMBEDDING, Distillation, Seen, observe
-from effllm.train.dropout import drops, sequence_dropout
+from effllm.train.dropout import rates, sequence_dropout
 from effllm.train.loop import MicroBatch
 from effllm.train.losses import LOSSES
 from effllm.train.settings import FinetuneSettings
@@ -201,7 +201,7 @@ class SupervisedModel(nn.Module):
         self.distillation = (
             Distillation(teacher, model, distilled, settings.temperature, each_label=each_label) if distilled else None
         )
-        self._drops = drops(model)
+        self._drops = any(rates(model.config.to_dict()).values())
         self._takes = tuple(n for n in INPUTS if n in inspect.signature(model.forward).parameters)
 
     def forward(

@@ -62,7 +62,7 @@ def test_the_parts_of_a_batch_are_the_batch(objective: str, unit: str, step: int
 
 def test_a_part_without_samples_is_empty() -> None:
     batch = stream(batch_size=2).batch(0, 0, 5)
-    assert [len(getattr(batch, name)) for name in NAMES] == [0] * len(NAMES)
+    assert [len(getattr(batch, name)) for name in NAMES] == [0] * 8
     assert all(getattr(batch, name).dtype == np.int64 for name in NAMES)
 
 

@@ -18,6 +18,7 @@ from effllm.data.vocabulary import Vocabulary
 from effllm.errors import SettingError
 from effllm.train import attention
 from effllm.train.compiled import compile_forward
+from effllm.train.dropout import rates
 from effllm.train.loop import to_tensors
 from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
@@ -58,9 +59,7 @@ def test_packed_batches_of_all_sizes_share_one_graph(
     drops = "dropout" in model
     if " with " in model:
         config = make_config(model.split(maxsplit=1)[0], vocabulary.size, None)
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.1 * drops)
+        config.update(dict.fromkeys(rates(config.to_dict()), 0.1 * drops))
         model = str(tmp_path)
         config.save_pretrained(tmp_path)
     plain, compiled = (MaskedLanguageModel(build_model(model, vocabulary, 32, "mlm", 0)) for _ in range(2))
