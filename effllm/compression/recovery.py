@@ -33,6 +33,9 @@ class Training:
         default="fp32", metadata={"help": "how training computes products: in fp32, or in bf16 by autocast"}
     )
     hidden: float = field(default=1.0, metadata={"help": "weight of matching the dense model's hidden states"})
+    dropout: bool = field(
+        default=False, metadata={"help": "keep the model's dropout while it learns to answer as the dense model does"}
+    )
     label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
     seed: int = field(default=0, metadata={"help": "decides texts, order and dropout"})
 
@@ -74,6 +77,7 @@ def recover(
         warmup=warmup,
         seed=method.seed,
         precision=method.precision,
+        dropout=-1.0 if method.dropout else 0.0,
         save_every=0,
         distil_logits=getattr(method, "logits", 1.0),
         distil_hidden=method.hidden,

@@ -33,9 +33,9 @@ class Lesson:
 
 
 def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) -> Generator[StepRecord]:
-    """Train `model` in place, in train mode while it runs and in eval mode afterwards; yields after each step.
+    """Train `model` in place and leave it in eval mode; yields after each step.
 
-    While it runs the model is on the GPU where there is one, and afterwards back where it was. With a weight on the
+    While it runs the model is in train mode, without a `dropout` of the settings in eval mode, and on the GPU where there is one, and afterwards back where it was. With a weight on the
     labels every example needs its reference answer. `work` is a scratch folder. Raises TrainingStopped when a loss is
     not finite, SettingError when memory runs out.
     """

@@ -201,8 +201,16 @@ class SupervisedModel(nn.Module):
         self.distillation = (
             Distillation(teacher, model, distilled, settings.temperature, each_label=each_label) if distilled else None
         )
-        self._drops = any(rates(model.config.to_dict()).values())
+        self._drops = settings.dropout != 0 and any(rates(model.config.to_dict()).values())
+        self._always_eval = settings.dropout == 0
         self._takes = tuple(n for n in INPUTS if n in inspect.signature(model.forward).parameters)
+
+    def train(self, mode: bool = True) -> SupervisedModel:
+        """Set the mode; with a `dropout` of 0 in the settings the transformers model stays in eval mode."""
+        super().train(mode)
+        if self._always_eval:
+            self.model.eval()
+        return self
 
     def forward(
         self,
