@@ -35,9 +35,9 @@ class Lesson:
 def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) -> Generator[StepRecord]:
     """Train `model` in place and leave it in eval mode; yields after each step.
 
-    While it runs the model is in train mode, without a `dropout` of the settings in eval mode, and on the GPU where there is one, and afterwards back where it was. With a weight on the
-    labels every example needs its reference answer. `work` is a scratch folder. Raises TrainingStopped when a loss is
-    not finite, SettingError when memory runs out.
+    While it runs the model is in train mode (`dropout=0`: in eval mode) and on the GPU where there is one; afterwards
+    back where it was. With a weight on the labels every example needs its reference answer. `work` is a scratch folder.
+    Raises TrainingStopped when a loss is not finite, SettingError when memory runs out.
     """
     register()
     torch.manual_seed(settings.seed)
