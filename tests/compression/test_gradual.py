@@ -157,3 +157,12 @@ def test_the_penalty_is_added_once_a_step():
 def test_refuses(spec, reason):
     with pytest.raises(SettingError, match=reason):
         parse_method(spec)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_model_that_learns_from_itself_has_nothing_to_learn_but_for_dropout(classifier, tmp_path, dropout):
+    job = make_job(classifier, tmp_path, train=TEXTS[40:64])
+    assert job.model.config.hidden_dropout_prob == 0.1
+    changed = parse_method(f"distil:dropout={dropout},{TRAINED}").apply(job)
+    assert (changed.details["first_loss"] > 1e-4) == dropout
+    assert not job.model.training
