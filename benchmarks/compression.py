@@ -4,14 +4,14 @@
 
 MODEL is a fine-tuned model (SST-2 from all-MiniLM-L6-v2 here, as `benchmarks/finetuning.py` leaves it, all-MiniLM-L6-v2
 itself on STS-B, and on Chinese STS-B one that the README beside this file makes), DATA a folder with its
-`train.jsonl.xz` and `dev.jsonl`. Each recipe is a row of methods of `effllm compress`; recipes that train are made once
-per seed. Folders are kept in DIR, and those that are there already are not made again. With `--bench` they are timed in
-ONNX Runtime against the dense model there and in torch, one thread, one interleaved run. Rows go to
-`results/compression.jsonl` for SST-2, to `results/compression_NAME.jsonl` for the folder NAME.
+`train.jsonl.xz`, `dev.jsonl` and perhaps `test.jsonl`. Each recipe is a row of methods of `effllm compress`; recipes
+that train are made once per seed. Folders are kept in DIR, and those that are there already are not made again. With
+`--bench` they are timed in ONNX Runtime against the dense model there and in torch, one thread, one interleaved run.
+Rows go to `results/compression.jsonl` for SST-2, to `results/compression_NAME.jsonl` for the folder NAME.
 
-Calibration and training texts are the training set's, quality is dev's, which chose nothing here but the dense model's
-own checkpoint: `auto` chooses by `test.jsonl`, where SST-2 has twice as many examples. Small models, two tasks, one
-processor.
+Calibration and training texts are the training set's. Quality is measured on dev, which chose nothing here but the
+dense model's own checkpoint, and on test, which chose nothing but among `auto`'s trials: SST-2 has twice as many
+examples there. Small models, two tasks, one processor.
 """
 
 from __future__ import annotations
@@ -122,11 +122,16 @@ class Plan:
         return out
 
 
-def quality(folder: Path, data: Path) -> Row:
-    """Return the dev metric of a folder, as it answers when it is loaded."""
+def quality(folder: Path, data: Path) -> dict[str, Row]:
+    """Return the metric of a folder on dev and, where there is such a file, on test, as it answers when loaded."""
     predictor = Predictor.open(folder, threads=1, task="sentence-similarity" if data.name.startswith("stsb") else None)
-    examples = read_examples(data / "dev.jsonl", predictor.task, predictor.head, gold=True)
-    return evaluate(predictor, examples, "dev")[0][0]
+    found = {}
+    for split in ("dev", "test"):
+        file = data / f"{split}.jsonl"
+        if file.is_file():
+            examples = read_examples(file, predictor.task, predictor.head, gold=True)
+            found[split] = evaluate(predictor, examples, split)[0][0]
+    return found
 
 
 def sizes_of(folder: Path) -> dict[str, dict[str, int]]:
@@ -137,18 +142,19 @@ def sizes_of(folder: Path) -> dict[str, dict[str, int]]:
 def rows_of(name: str, folders: list[Path], data: Path) -> Iterable[Row]:
     """Yield quality and size of a recipe: the median over seeds, bounded by the lowest and the highest."""
     measured = [quality(folder, data) for folder in folders]
-    values = [row.value for row in measured]
     manifest = (
         Variant.open(folders[0]).manifest if is_variant(folders[0]) else {"steps": [], "files": sizes_of(folders[0])}
     )
     how = {
-        "split": "dev",
         "methods": [{"method": s.get("method", s["verb"]), **s.get("settings", {})} for s in manifest["steps"]],
         "bounds": "lowest and highest",
     }
     where = machine.describe()
-    ends = (min(values), max(values)) if len(values) > 1 else (None, None)
-    yield Row(measured[0].metric, statistics.median(values), "absolute", name, len(values), *ends, how, where)
+    for split, row in measured[0].items():
+        values = [rows[split].value for rows in measured]
+        ends = (min(values), max(values)) if len(values) > 1 else (None, None)
+        middle = statistics.median(values)
+        yield Row(row.metric, middle, "absolute", name, len(values), *ends, {"split": split, **how}, where)
     sizes = [e["size_bytes"] for n, e in manifest["files"].items() if n.endswith((".safetensors", ".onnx"))]
     yield Row("model size", float(sum(sizes)), "bytes", name)
 
@@ -189,9 +195,10 @@ def main() -> None:
         except EffllmError as error:
             failed.append(f"{name}: {error}")
         else:
-            score, size = rows_of(name, folders[name], plan.data)
-            print(f"{name:32} {score.value:.4f} {score.low} {score.high}  {size.value / 1e6:.1f} MB", flush=True)
-            rows += [score, size]
+            *scores, size = rows_of(name, folders[name], plan.data)
+            shown = ", ".join(f"{row.how['split']} {row.value:.4f} {row.low} {row.high}" for row in scores)
+            print(f"{name:32} {shown}  {size.value / 1e6:.1f} MB", flush=True)
+            rows += [*scores, size]
         write_rows(results, rows)
     if arguments.bench:
         timed = [timeable(name, f[0], plan.work) for name, f in folders.items() if name != "dense"]

@@ -30,11 +30,15 @@ _LEGEND_STEP, _LEGEND_GAP, _SAMPLE, _DODGE, _SLOT = 20, 8, 34, 15, 10.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was measured of a recipe. `steps` are its methods with their settings, in order; none are dense."""
+    """What was measured of a recipe. `steps` are its methods with their settings, in order; none are dense.
+
+    `quality` is on dev, `tested` on test, which decided nothing but in a recipe whose gate is there.
+    """
 
     name: str
     steps: tuple[dict[str, Any], ...]
     quality: Row
+    tested: Row | None
     size: Row | None
     speeds: tuple[Row | None, ...]
 
@@ -63,9 +67,11 @@ Lines = dict[tuple[str, bool], dict[Place, Recipe]]
 def recipes(rows: Sequence[Row], metric: str) -> list[Recipe]:
     """Return the newest measurement of each recipe, the dense model first, then by group and name."""
     oldest_first = sorted(rows, key=lambda row: row.at)
-    newest = {row.system: row for row in oldest_first if row.metric == metric}
+    newest = {(row.system, row.how["split"]): row for row in oldest_first if row.metric == metric}
     found = []
-    for name, quality in newest.items():
+    for (name, split), quality in newest.items():
+        if split != "dev":
+            continue
         own = [row for row in reversed(oldest_first) if row.system == name]
         size = next((row for row in own if row.metric == "model size"), None)
         speeds = tuple(
@@ -73,7 +79,7 @@ def recipes(rows: Sequence[Row], metric: str) -> list[Recipe]:
             for load in LOADS
         )
         steps = tuple(step for step in quality.how["methods"] if step["method"] in METHODS)
-        found.append(Recipe(name, steps, quality, size, speeds))
+        found.append(Recipe(name, steps, quality, newest.get((name, "test")), size, speeds))
     return sorted(found, key=lambda recipe: (_group(recipe), recipe.name))
 
 
@@ -110,12 +116,13 @@ def tables(rows: Sequence[Row], metric: str, name: str, picture: str = "") -> st
 def list_table(found: Sequence[Recipe], metric: str) -> str:
     """Return one line per recipe that is no point of a curve, in groups: quality, its change, size, speed-ups.
 
-    The columns of the speed-ups are there where something was timed.
+    The columns of the speed-ups and of the change on test are there where something was timed, or tested.
     """
-    dense = dense_of(found)
+    dense = next((recipe for recipe in found if not recipe.steps), None)
     listed = [recipe for recipe in found if recipe.line is None]
     timed = any(row for recipe in listed for row in recipe.speeds)
-    header = ["methods, in order", metric, "change, points", "file"]
+    tested = any(recipe.tested for recipe in listed)
+    header = ["methods, in order", metric, "change, points", *(["on test"] if tested else []), "file"]
     header += [f"{batch} × {tokens}" for batch, tokens in LOADS] if timed else []
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for group, members in itertools.groupby(listed, key=_group):
@@ -123,12 +130,16 @@ def list_table(found: Sequence[Recipe], metric: str) -> str:
             heading = [*GROUPS, "other"][group]
             lines.append(f"| **{heading}** |{' |' * (len(header) - 1)}")
         for recipe in members:
-            change = signed(100 * (recipe.quality.value - dense.value)) if dense and recipe.steps else text.ABSENT
-            cells = [recipe.name, quality(recipe.quality), change]
+            cells = [recipe.name, quality(recipe.quality), _change(recipe.quality, dense and dense.quality, recipe)]
+            cells += [_change(recipe.tested, dense and dense.tested, recipe)] if tested else []
             cells.append(text.size(recipe.size.value) if recipe.size else text.ABSENT)
             cells += [text.ratio(row.value)[0] if row else text.ABSENT for row in recipe.speeds] if timed else []
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _change(row: Row | None, dense: Row | None, recipe: Recipe) -> str:
+    return signed(100 * (row.value - dense.value)) if row and dense and recipe.steps else text.ABSENT
 
 
 def sparse_table(found: Sequence[Recipe], metric: str) -> str:

@@ -94,6 +94,20 @@ def test_speeds_have_columns_where_something_was_timed():
     assert {line.count("|") for line in lines[: lines.index("")]} == {7}
 
 
+def test_changes_on_test_have_a_column_of_their_own_beside_the_dense_models_there():
+    on_test = {"split": "test", "methods": [TRAINED]}
+    tested = [
+        Row("accuracy", 0.9, "absolute", "dense", how=on_test),
+        Row("accuracy", 0.888, "absolute", "int8", how={**on_test, "methods": [TRAINED, {"method": "int8"}]}),
+    ]
+    lines = compression_report.tables([*rows(), *tested], "accuracy", "accuracy").splitlines()
+    assert lines[0] == "| methods, in order | accuracy | change, points | on test | file |"
+    assert "| dense | 0.8900 | – | – | 50.0 MB |" in lines
+    assert "| int8 | 0.8910 | +0.1 | −1.2 | 50.0 MB |" in lines
+    assert "| structured 2x | 0.8800 | −1.0 | – | 50.0 MB |" in lines
+    assert {line.count("|") for line in lines[: lines.index("")]} == {6}
+
+
 def test_zeros_stand_by_method_and_share_with_gaps_where_nothing_was_measured():
     table = compression_report.sparse_table(compression_report.recipes(rows(), "accuracy"), "accuracy")
     assert table.splitlines() == [
