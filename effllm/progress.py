@@ -24,7 +24,14 @@ def silent(items: Iterable[T], name: str, total: int) -> Iterable[T]:
 
 
 class OutOfTime(Exception):
-    """Work that was bounded would end too late; says which, and by how much. For whoever bounded it, not for users."""
+    """Work that was bounded would end too late; says which, and by how much. For whoever bounded it, not for users.
+
+    `needed_s` is how long all of it would take.
+    """
+
+    def __init__(self, message: str, needed_s: float) -> None:
+        super().__init__(message)
+        self.needed_s = needed_s
 
 
 def bounded(track: Track, until: float, kind: str) -> Track:
@@ -42,7 +49,9 @@ def bounded(track: Track, until: float, kind: str) -> Track:
             each = (now - first) / max(1, done)
             late = now + (total - done - 1) * each - until
             if now - first > SURE_S and late > SURE * total * each:
-                raise OutOfTime(f"{name} would take {total * each / 60:.1f} minutes, {late / 60:.1f} minutes too long")
+                needed = total * each
+                message = f"{name} would take {needed / 60:.1f} minutes, {late / 60:.1f} minutes too long"
+                raise OutOfTime(message, needed)
             yield item
 
     return lambda items, name, total: (watched if name.startswith(kind) else track)(items, name, total)

@@ -10,6 +10,7 @@ off goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -31,7 +32,9 @@ target the first is left out: it could only be the answer where the second fails
 CLOSE = 1.3
 """The search stops where the share that passes is at most so many times the one that fails."""
 DISTIL = "distil:steps={steps},learning_rate=2e-4,precision={precision},seed={seed}"
-"""How a share is recovered: half the steps of a pass over SST-2 at twice the rate of a method by itself."""
+"""How a share is recovered."""
+LEAST, MARGIN = 0.25, 0.9
+"""A training that would end too late is made shorter once, to this share of what would fit, but not below a quarter."""
 FORMS = ("int8", "int8:float_layers=2", "int8:float_layers=4")
 """How a share is quantised, until one form passes."""
 REFUSALS = (SettingError, Unsupported, CheckFailed, TrainingStopped, GateFailed)
@@ -81,7 +84,7 @@ class Auto:
         default=0.0, metadata={"help": "stop at a trial whose file is at most this share of the dense one; 0 = fastest"}
     )
     budget_minutes: float = field(default=30.0, metadata={"help": "neither start a trial nor train after this time"})
-    distil_steps: int = field(default=1000, metadata={"help": "steps of distillation after pruning, with --train"})
+    distil_steps: int = field(default=2000, metadata={"help": "steps of distillation after pruning, with --train"})
     precision: Literal["fp32", "bf16"] = field(
         default="fp32", metadata={"help": "how distillation computes products: in fp32, or in bf16 by autocast"}
     )
@@ -126,27 +129,43 @@ class Auto:
         """Run trials until the target is reached, nothing is left to try, or the budget is over; return the best.
 
         The first trial may take what it takes, so that there is an answer. A later one is given up when its training
-        shows that it would end too late, what comes after it taken to last as long as the first trial.
+        shows that it would end too late, what comes after it taken to last as long as the first trial; the last trial
+        is then the same one with as many steps as there is time for.
         """
         end, reserve = time.monotonic() + self.budget_minutes * 60, 0.0
         for specs in self._plan(trials, max_drop, distil=distil):
             if time.monotonic() > end and specs not in trials.seen:
                 break
             known, begun = specs in trials.seen, time.monotonic()
+            until = end - reserve if trials.seen else math.inf
             try:
-                trial = trials.run(specs, until=end - reserve if trials.seen else math.inf)
+                trial = trials.run(specs, until)
             except OutOfTime as error:
                 trials.given_up = f"{' + '.join(specs)}: {error}"
+                now = time.monotonic()
+                shorter = self._shorter(specs, (until - now - (now - begun)) / error.needed_s)
+                if shorter:
+                    with contextlib.suppress(OutOfTime):
+                        trials.run(shorter, until)
                 break
             reserve = reserve or (trial.seconds if known else time.monotonic() - begun)
             if trial.within(max_drop) and self.reached(trial):
                 break
         return self.best(trials.all, max_drop)
 
+    def _recovery(self, steps: int) -> str:
+        return DISTIL.format(steps=steps, precision=self.precision, seed=self.seed)
+
+    def _shorter(self, specs: tuple[str, ...], fits: float) -> tuple[str, ...]:
+        """Return a trial with fewer steps of distillation, of which the share `fits` would be done; () for too few."""
+        if fits < LEAST:
+            return ()
+        whole, fewer = self._recovery(self.distil_steps), self._recovery(int(self.distil_steps * fits * MARGIN))
+        return tuple(fewer if spec == whole else spec for spec in specs)
+
     def _plan(self, trials: Search, max_drop: float, *, distil: bool) -> Iterator[tuple[str, ...]]:
         """Yield the rows of methods to try next, each chosen by what the ones before gave."""
-        spec = DISTIL.format(steps=self.distil_steps, precision=self.precision, seed=self.seed)
-        recover = (spec,) if distil else ()
+        recover = (self._recovery(self.distil_steps),) if distil else ()
 
         def forms(*weights: str) -> Generator[tuple[str, ...], None, bool]:
             for form in FORMS:

@@ -137,7 +137,7 @@ def test_a_trial_that_would_end_after_the_budget_is_given_up_and_ends_the_search
     def make(specs: tuple[str, ...], until: float) -> Trial:
         bounds.append(until)
         if len(bounds) == 3:
-            raise OutOfTime("training (distil) would take 20.0 minutes, 8.0 minutes too long")
+            raise OutOfTime("training (distil) would take 20.0 minutes, 8.0 minutes too long", needed_s=1200.0)
         now[0] += 10
         return trial(specs, 0.0, len(bounds))
 
@@ -149,6 +149,30 @@ def test_a_trial_that_would_end_after_the_budget_is_given_up_and_ends_the_search
     assert runs.given_up.endswith("8.0 minutes too long")
     assert bounds == [math.inf, 115.0, 115.0]  # there must be an answer; ten seconds are kept for what follows training
     assert [t.specs for t in search(tmp_path, make).all] == [t.specs for t in runs.all]
+
+
+@pytest.mark.parametrize(("fits", "steps"), [(0.5, 900), (0.24, 0)])
+def test_the_last_trial_has_as_many_steps_as_there_is_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: float, steps: int
+) -> None:
+    """What comes before the training comes again, and is taken to last as long as all until it was given up."""
+    now = [0.0]
+    monkeypatch.setattr("effllm.compression.auto.time.monotonic", lambda: now[0])
+
+    def make(specs: tuple[str, ...], until: float) -> Trial:
+        if "distil:steps=2000" in specs[1 if len(specs) > 1 else 0]:
+            now[0] += 30
+            raise OutOfTime("too long", needed_s=(until - now[0] - 30) / fits)
+        now[0] += 10
+        return trial(specs, 0.0, float(len(specs)))
+
+    runs = search(tmp_path, make)
+    best = Auto(budget_minutes=11).search(runs, 0.01, distil=True)
+    assert runs.given_up.endswith("too long")
+    assert best is runs.all[-1]
+    assert [spec for t in runs.all for spec in t.specs if spec.startswith("distil")] == (
+        [f"distil:steps={steps},learning_rate=2e-4,precision=fp32,seed=0"] if steps else []
+    )
 
 
 @pytest.mark.parametrize(("name", "until", "last"), [("work (a)", 1240.0, 99), ("work (a)", 1230.0, 3), ("b", 0.0, 99)])
