@@ -51,7 +51,9 @@ class Int4:
         default="gptq", metadata={"help": "let later columns make up for rounding (gptq), or round each weight (rtn)"}
     )
     group_size: int = field(default=128, metadata={"help": "weights along a row that share a scale: 128, 64 or 32"})
-    symmetric: bool = field(default=True, metadata={"help": "no zero points: the grid of a group is centred on zero"})
+    symmetric: bool = field(
+        default=False, metadata={"help": "no zero points: the grid of a group is centred on zero, which rounds more"}
+    )
     order: Order = field(
         default="activation", metadata={"help": "gptq: columns with the largest inputs first, or as they stand"}
     )

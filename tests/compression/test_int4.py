@@ -125,9 +125,10 @@ def linear_graph(weight: torch.Tensor) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def test_a_model_is_stored_in_four_bits_and_answers(tmp_path) -> None:
+@pytest.mark.parametrize(("setting", "inputs"), [("", 4), (",symmetric=true", 3)])
+def test_a_model_is_stored_in_four_bits_and_answers(tmp_path, setting: str, inputs: int) -> None:
     model = make_model(tmp_path / "model", "modernbert")
-    method = parse_method("int4:group_size=32,calibration=20,embeddings=false")
+    method = parse_method(f"int4:group_size=32,calibration=20,embeddings=false{setting}")
     variant = compress(model, tmp_path / "out", method=method, calib=TEXTS, max_drop=1.0, threads=1)
     graph = Graph(onnx.load(str(variant.path / "onnx/model_q4.onnx")))
     operators = [n for n in graph.nodes if n.op_type == "MatMulNBits"]
@@ -136,7 +137,7 @@ def test_a_model_is_stored_in_four_bits_and_answers(tmp_path) -> None:
         sizes = {a.name: a.i for a in n.attribute}
         assert graph.shape(n.input[1]) == (sizes["N"], sizes["K"] // 32, 16)
         assert graph.shape(n.input[2]) == (sizes["N"], sizes["K"] // 32)
-        assert len(n.input) == 3
+        assert len(n.input) == inputs, "zero points are an input more"
     assert variant.batch_dependent is False
     errors = [layer["relative_error"] for layer in variant.manifest["details"]["layers"].values()]
     assert 0 < max(errors) < 0.02, "rounding to 15 steps costs 1 / (12 · 49) of the variance where the range is 3 sigma"
