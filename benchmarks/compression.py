@@ -70,7 +70,8 @@ def _sparse() -> dict[str, Recipe]:
             recipes[f"{method} {percent} %"] = Recipe((spec,))
             if recovered and percent >= 70:
                 recipes[f"{method} {percent} % + distil"] = Recipe((spec, SHORT_DISTIL))  # from the dense model
-    recipes["movement 90 %"] = Recipe(("movement:sparsity=0.9,epochs=1,steps=600,precision=bf16,dropout=true,seed={seed}",))
+    movement = "movement:sparsity=0.9,epochs=1,steps=600,precision=bf16,dropout=true,seed={seed}"
+    recipes["movement 90 %"] = Recipe((movement,))
     return recipes
 
 
