@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from effllm.exporters.source import Source
 
 
+SAME = 1e-6
+"""The loss below which two models are the same, but for rounding."""
+ITSELF = (
+    "it learnt from itself, as no method before had changed the model; put it after one, or learn from another model "
+    "with effllm finetune --teacher"
+)
+
+
 @dataclass(frozen=True)
 class Distil(Training):
     """Knowledge distillation from the dense model."""
@@ -40,4 +48,5 @@ class Distil(Training):
 
     def apply(self, job: WeightsJob) -> Changed:
         """Train in place."""
-        return Changed(recover(job, self))
+        details = recover(job, self)
+        return Changed(details, [ITSELF] if details["first_loss"] < SAME else [])

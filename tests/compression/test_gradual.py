@@ -165,4 +165,5 @@ def test_the_model_that_learns_from_itself_has_nothing_to_learn_but_for_dropout(
     assert job.model.config.hidden_dropout_prob == 0.1
     changed = parse_method(f"distil:dropout={dropout},{TRAINED}").apply(job)
     assert (changed.details["first_loss"] > 1e-4) == dropout
+    assert any("it learnt from itself" in note for note in changed.notes) != dropout
     assert not job.model.training
