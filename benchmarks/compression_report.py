@@ -32,7 +32,7 @@ _LEGEND_STEP, _LEGEND_GAP, _SAMPLE, _DODGE, _SLOT = 20, 8, 34, 15, 10.0
 class Recipe:
     """What was measured of a recipe. `steps` are its methods with their settings, in order; none are dense.
 
-    `quality` is on dev, `tested` on test, which decided nothing but in a recipe whose gate is there.
+    `quality` is on dev, `tested` on test.
     """
 
     name: str

@@ -95,6 +95,8 @@ class Auto:
             raise SettingError("auto: give target_speedup or target_size, not both")
         if self.target_speedup < 0 or not 0 <= self.target_size <= 1:
             raise SettingError("auto: target_speedup must be at least 0 and target_size between 0 and 1")
+        if self.distil_steps < 1:
+            raise SettingError(f"auto: distil_steps must be at least 1, got {self.distil_steps}")
         if not self.budget_minutes > 0:
             raise SettingError(f"auto: budget_minutes must be above 0, got {self.budget_minutes}")
 
@@ -158,9 +160,10 @@ class Auto:
 
     def _shorter(self, specs: tuple[str, ...], fits: float) -> tuple[str, ...]:
         """Return a trial with fewer steps of distillation, of which the share `fits` would be done; () for too few."""
-        if fits < LEAST:
+        steps = int(self.distil_steps * fits * MARGIN)
+        if fits < LEAST or not 0 < steps < self.distil_steps:
             return ()
-        whole, fewer = self._recovery(self.distil_steps), self._recovery(int(self.distil_steps * fits * MARGIN))
+        whole, fewer = self._recovery(self.distil_steps), self._recovery(steps)
         return tuple(fewer if spec == whole else spec for spec in specs)
 
     def _plan(self, trials: Search, max_drop: float, *, distil: bool) -> Iterator[tuple[str, ...]]:

@@ -2,8 +2,8 @@
 
 Jacob et al. 2018, section 3, written from the paper: the forward pass rounds, the gradient passes straight through the
 rounding to the float weights, which are what is left at the end. With 8 bits, weights have a scale per output and
-inputs a range per layer, an exponential moving average of what was seen; with 4 bits, weights have a scale per group
-and inputs stay float, as int4 leaves them.
+inputs a range per layer, an exponential moving average of what was seen; with 4 bits, weights have a scale per group,
+without zero points as with `int4:symmetric=true`, and inputs stay float, as int4 leaves them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class Qat(Training):
     before: ClassVar[Stage] = Stage.CODES
     identity: ClassVar[Mapping[str, Any]] = {}
 
-    bits: int = field(default=8, metadata={"help": "bits of the weights: 8, inputs too, or 4, weights alone in groups"})
+    bits: int = field(
+        default=8,
+        metadata={"help": "bits of the weights: 8, inputs too, or 4, weights alone in groups, for int4:symmetric=true"},
+    )
     group_size: int = field(default=128, metadata={"help": "with 4 bits: weights along a row that share a scale"})
     learning_rate: float = field(kw_only=True, default=2e-5, metadata={"help": "peak learning rate"})
     logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})

@@ -240,6 +240,7 @@ def test_a_killed_search_goes_on_without_making_a_trial_again(tmp_path: Path) ->
         ({"target_speedup": 2.0, "target_size": 0.5}, "not both"),
         ({"target_size": 1.5}, "between 0 and 1"),
         ({"budget_minutes": 0.0}, "above 0"),
+        ({"distil_steps": 0}, "distil_steps must be at least 1"),
     ],
 )
 def test_targets_that_make_no_sense_are_refused(settings: dict[str, float], reason: str) -> None:

@@ -102,7 +102,11 @@ def test_settings_out_of_range_are_refused(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "specs", [("qat:steps=3", "int8:activations=static"), ("qat:bits=4,group_size=32,steps=3", "int4:group_size=32")]
+    "specs",
+    [
+        ("qat:steps=3", "int8:activations=static"),
+        ("qat:bits=4,group_size=32,steps=3", "int4:group_size=32,symmetric=true"),
+    ],
 )
 def test_a_pruned_model_is_trained_and_quantised(tmp_path: Path, specs: tuple[str, str]) -> None:
     model = make_model(tmp_path / "model")
