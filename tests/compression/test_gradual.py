@@ -97,7 +97,7 @@ def test_written_and_read_again(classifier, texts, tmp_path):
         assert int((linear.weight == 0).sum()) == linear.weight.numel() // 2, name
 
 
-@pytest.mark.parametrize("spec", ["distil:steps=4,batch_size=4", f"magnitude:{TRAINED}"])
+@pytest.mark.parametrize("spec", ["distil:dropout=true,steps=4,batch_size=4", f"magnitude:dropout=true,{TRAINED}"])
 def test_training_in_bf16_goes_the_way_of_fp32(classifier, tmp_path, spec):
     weights = []
     for more in ("learning_rate=1e-12", "precision=fp32", "precision=bf16"):
