@@ -67,11 +67,10 @@ Lines = dict[tuple[str, bool], dict[Place, Recipe]]
 def recipes(rows: Sequence[Row], metric: str) -> list[Recipe]:
     """Return the newest measurement of each recipe, the dense model first, then by group and name."""
     oldest_first = sorted(rows, key=lambda row: row.at)
-    newest = {(row.system, row.how["split"]): row for row in oldest_first if row.metric == metric}
+    scores = [row for row in oldest_first if row.metric == metric]
+    dev, test = ({row.system: row for row in scores if row.how["split"] == split} for split in ("dev", "test"))
     found = []
-    for (name, split), quality in newest.items():
-        if split != "dev":
-            continue
+    for name, quality in dev.items():
         own = [row for row in reversed(oldest_first) if row.system == name]
         size = next((row for row in own if row.metric == "model size"), None)
         speeds = tuple(
@@ -79,7 +78,7 @@ def recipes(rows: Sequence[Row], metric: str) -> list[Recipe]:
             for load in LOADS
         )
         steps = tuple(step for step in quality.how["methods"] if step["method"] in METHODS)
-        found.append(Recipe(name, steps, quality, newest.get((name, "test")), size, speeds))
+        found.append(Recipe(name, steps, quality, test.get(name), size, speeds))
     return sorted(found, key=lambda recipe: (_group(recipe), recipe.name))
 
 
@@ -90,9 +89,9 @@ def _group(recipe: Recipe) -> int:
     return next((i for i, methods in enumerate(GROUPS.values()) if first in methods), len(GROUPS))
 
 
-def dense_of(found: Iterable[Recipe]) -> Row | None:
-    """Return the quality of the model that nothing was done to, where it was measured."""
-    return next((recipe.quality for recipe in found if not recipe.steps), None)
+def dense_of(found: Iterable[Recipe]) -> Recipe | None:
+    """Return the model that nothing was done to, where it was measured."""
+    return next((recipe for recipe in found if not recipe.steps), None)
 
 
 def tables(rows: Sequence[Row], metric: str, name: str, picture: str = "") -> str:
@@ -118,7 +117,7 @@ def list_table(found: Sequence[Recipe], metric: str) -> str:
 
     The columns of the speed-ups and of the change on test are there where something was timed, or tested.
     """
-    dense = next((recipe for recipe in found if not recipe.steps), None)
+    dense = dense_of(found)
     listed = [recipe for recipe in found if recipe.line is None]
     timed = any(row for recipe in listed for row in recipe.speeds)
     tested = any(recipe.tested for recipe in listed)
@@ -130,16 +129,20 @@ def list_table(found: Sequence[Recipe], metric: str) -> str:
             heading = [*GROUPS, "other"][group]
             lines.append(f"| **{heading}** |{' |' * (len(header) - 1)}")
         for recipe in members:
-            cells = [recipe.name, quality(recipe.quality), _change(recipe.quality, dense and dense.quality, recipe)]
-            cells += [_change(recipe.tested, dense and dense.tested, recipe)] if tested else []
+            changes = _changes(recipe, dense)
+            cells = [recipe.name, quality(recipe.quality), *(changes if tested else changes[:1])]
             cells.append(text.size(recipe.size.value) if recipe.size else text.ABSENT)
             cells += [text.ratio(row.value)[0] if row else text.ABSENT for row in recipe.speeds] if timed else []
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _change(row: Row | None, dense: Row | None, recipe: Recipe) -> str:
-    return signed(100 * (row.value - dense.value)) if row and dense and recipe.steps else text.ABSENT
+def _changes(recipe: Recipe, dense: Recipe | None) -> list[str]:
+    """Return by how many points a recipe differs from the dense model on dev and on test."""
+    if dense is None or recipe is dense:
+        return [text.ABSENT] * 2
+    pairs = ((recipe.quality, dense.quality), (recipe.tested, dense.tested))
+    return [signed(100 * (row.value - before.value)) if row and before else text.ABSENT for row, before in pairs]
 
 
 def sparse_table(found: Sequence[Recipe], metric: str) -> str:
@@ -177,9 +180,10 @@ def sparsity_plot(found: Sequence[Recipe], metric: str) -> str:
     Methods that prune at once have hollow markers and dashed lines, distilled ones filled markers and whole lines.
     Patterns n:m stand to the left of the shares. Whiskers go from the lowest to the highest seed.
     """
-    lines, dense = curves(found), dense_of(found)
-    if not lines or dense is None:
+    lines, untouched = curves(found), dense_of(found)
+    if not lines or untouched is None:
         return ""
+    dense = untouched.quality
     columns = places(lines)
     shares = [100 * place for place in columns if isinstance(place, float)]
     first = (min(shares) if shares else 0.0) - _SLOT * (len(columns) - len(shares))

@@ -34,7 +34,7 @@ CLOSE = 1.3
 DISTIL = "distil:steps={steps},learning_rate=2e-4,precision={precision},seed={seed}"
 """How a share is recovered."""
 LEAST, MARGIN = 0.25, 0.9
-"""A training that would end too late is made shorter once, to this share of what would fit, but not below a quarter."""
+"""How much of a training that would end too late there must be time for, and the share of that time that is used."""
 FORMS = ("int8", "int8:float_layers=2", "int8:float_layers=4")
 """How a share is quantised, until one form passes."""
 REFUSALS = (SettingError, Unsupported, CheckFailed, TrainingStopped, GateFailed)
@@ -144,11 +144,7 @@ class Auto:
                 trial = trials.run(specs, until)
             except OutOfTime as error:
                 trials.given_up = f"{' + '.join(specs)}: {error}"
-                now = time.monotonic()
-                shorter = self._shorter(specs, (until - now - (now - begun)) / error.needed_s)
-                if shorter:
-                    with contextlib.suppress(OutOfTime):
-                        trials.run(shorter, until)
+                self._run_shorter(trials, specs, until, begun, error.needed_s)
                 break
             reserve = reserve or (trial.seconds if known else time.monotonic() - begun)
             if trial.within(max_drop) and self.reached(trial):
@@ -158,13 +154,19 @@ class Auto:
     def _recovery(self, steps: int) -> str:
         return DISTIL.format(steps=steps, precision=self.precision, seed=self.seed)
 
-    def _shorter(self, specs: tuple[str, ...], fits: float) -> tuple[str, ...]:
-        """Return a trial with fewer steps of distillation, of which the share `fits` would be done; () for too few."""
+    def _run_shorter(self, trials: Search, specs: tuple[str, ...], until: float, begun: float, needed_s: float) -> None:
+        """Run a trial that was given up with as many steps as there is time for, unless those are too few.
+
+        What came before its training, begun at `begun`, comes again; the whole training would take `needed_s`.
+        """
+        now = time.monotonic()
+        fits = (until - now - (now - begun)) / needed_s
         steps = int(self.distil_steps * fits * MARGIN)
-        if fits < LEAST or not 0 < steps < self.distil_steps:
-            return ()
+        if fits < LEAST or not steps:
+            return
         whole, fewer = self._recovery(self.distil_steps), self._recovery(steps)
-        return tuple(fewer if spec == whole else spec for spec in specs)
+        with contextlib.suppress(OutOfTime):
+            trials.run(tuple(fewer if spec == whole else spec for spec in specs), until)
 
     def _plan(self, trials: Search, max_drop: float, *, distil: bool) -> Iterator[tuple[str, ...]]:
         """Yield the rows of methods to try next, each chosen by what the ones before gave."""

@@ -201,7 +201,7 @@ class SupervisedModel(nn.Module):
         self.distillation = (
             Distillation(teacher, model, distilled, settings.temperature, each_label=each_label) if distilled else None
         )
-        self._drops = settings.dropout != 0 and any(rates(model.config.to_dict()).values())
+        self._drops = any(rates(model.config.to_dict()).values())
         self._always_eval = settings.dropout == 0
         self._takes = tuple(n for n in INPUTS if n in inspect.signature(model.forward).parameters)
 
@@ -234,7 +234,7 @@ class SupervisedModel(nn.Module):
         targets = {name: target for name, target in known.items() if target is not None}
         mask = attention_mask == 1
         wanted = frozenset(self.distillation.components if self.distillation else ())
-        with sequence_dropout(dropout_keys if self._drops and self.training else None):
+        with sequence_dropout(dropout_keys if self._drops and self.model.training else None):
             seen = observe(self.model, inputs, self._task.outputs, wanted)
         seen = self._embedded(seen, mask, self._head.pooling)
         sums = []

@@ -42,6 +42,15 @@ def search(folder: Path, make: Make, identity: str = "a") -> Search:
     return Search(make, folder / "trials.jsonl", identity)
 
 
+def labelled(folder: Path) -> Path:
+    """A file of 40 labelled texts to train on."""
+    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(4 + i % 9)) for i in range(40)]
+    labels = LABELS["text-classification"]
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps({"text": t, "label": labels[i % 3]}) + "\n" for i, t in enumerate(texts)))
+    return file
+
+
 def share_of(found: Trial) -> float:
     return float(found.specs[0].split("=")[1])
 
@@ -201,10 +210,7 @@ def test_a_training_that_is_given_up_leaves_nothing_behind(
 ) -> None:
     """The first trial is the result then; where it loses too much, the error says what was given up."""
     monkeypatch.setattr("effllm.progress.SURE_S", 0.0)
-    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(4 + i % 9)) for i in range(40)]
-    labels = LABELS["text-classification"]
-    train = tmp_path / "train.jsonl"
-    train.write_text("".join(json.dumps({"text": t, "label": labels[i % 3]}) + "\n" for i, t in enumerate(texts)))
+    train = labelled(tmp_path)
     model = make_model(tmp_path / "model")
     auto = Auto(distil_steps=10_000_000, budget_minutes=10.0, target_speedup=100.0)
     made = effllm.compress(model, tmp_path / "out", method=auto, train=train, max_drop=1.0, threads=1)
@@ -256,10 +262,7 @@ def test_it_stands_alone(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> effllm.Variant:
     root = tmp_path_factory.mktemp("auto")
-    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(4 + i % 9)) for i in range(40)]
-    labels = LABELS["text-classification"]
-    train = root / "train.jsonl"
-    train.write_text("".join(json.dumps({"text": t, "label": labels[i % 3]}) + "\n" for i, t in enumerate(texts)))
+    train = labelled(root)
     for name in ("dense", hashlib.sha256(json.dumps(["int8"]).encode()).hexdigest()[:16]):
         stale = root / ".out.search" / name  # of a search on another model, killed before it noted a trial
         stale.mkdir(parents=True)
