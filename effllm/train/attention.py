@@ -13,7 +13,6 @@ dominate, this costs less than a mask of T × T. Transformers' own functions bui
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,10 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from effllm.train.devices import KERNEL_DEVICES
 from effllm.train.dropout import SequenceDropout
 
 NAME = "effllm_packed"
-KERNEL_DEVICES = ("cuda",) if all(map(importlib.util.find_spec, ("effllm_kernels", "triton"))) else ()
-"""Where the kernel computes. A constant, as torch.compile cannot look for packages."""
 
 
 def register() -> None:

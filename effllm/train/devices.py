@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from effllm import machine
+
+KERNEL_DEVICES = ("cuda",) if all(map(importlib.util.find_spec, ("effllm_kernels", "triton"))) else ()
+"""Where the kernels of effllm_kernels compute. A constant, as torch.compile cannot look for packages."""
 
 
 def describe(device: torch.device | None = None) -> str:

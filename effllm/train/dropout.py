@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from effllm.data.draws import BLOCK, GOLDEN
+from effllm.train.devices import KERNEL_DEVICES
 
 STEPS = 1 << 16
 """The rates that there are; a word of 64 bits gives as many decisions as it has parts of so many values."""
@@ -156,6 +157,7 @@ def kept(keys: Tensor, places: Tensor | None, shape: Sequence[int], call: int, r
     """Return what is kept of a tensor (n, …, columns), or of a packed row (1, T, columns) of tokens at `places`.
 
     An operator, so that compiled code does not differ by a bit: compilers take 64-bit arithmetic on places for indices.
+    On a GPU with triton one kernel draws and decides, with the same bits.
     """
     starts = keys
     if places is not None:
@@ -163,9 +165,13 @@ def kept(keys: Tensor, places: Tensor | None, shape: Sequence[int], call: int, r
     else:
         for bits, size in zip((HEAD_BITS, ROW_BITS)[4 - len(shape) :], shape[1:-1], strict=True):
             starts = starts[..., None] + torch.arange(size, device=keys.device) * signed(GOLDEN << bits)
+    starts = starts + signed(GOLDEN * (call * BLOCK + 1))
+    if keys.device.type in KERNEL_DEVICES:
+        from effllm_kernels.keep import keep  # noqa: PLC0415 (loads triton)
+
+        return keep(starts, shape[-1], rate)
     groups = torch.arange(shape[-1] // 4 + 1, device=keys.device) * signed(GOLDEN)
-    words = mix(starts[..., None] + (groups + signed(GOLDEN * (call * BLOCK + 1))))
-    return words.view(torch.int16)[..., : shape[-1]] >= rate - STEPS // 2
+    return mix(starts[..., None] + groups).view(torch.int16)[..., : shape[-1]] >= rate - STEPS // 2
 
 
 @kept.register_fake

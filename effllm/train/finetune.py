@@ -36,7 +36,7 @@ from effllm.train.publish import RESULT, publish, write_result
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
 from effllm.train.settings import FinetuneSettings
 from effllm.train.sharding import gathered
-from effllm.train.supervised import Item, SupervisedModel, SupervisedSource, freeze_unreached, make_items
+from effllm.train.supervised import Item, Passes, SupervisedModel, SupervisedSource, freeze_unreached, make_items
 from effllm.variant import check_target, weights_digest
 
 LONGEST = 512
@@ -195,7 +195,8 @@ def _run(
 ) -> Iterator[StepRecord]:
     """Make one run of one seed, or what a resumed one lacks: nothing where it has its result."""
     tokenizer = prepared.tokenizer
-    settings = _with_steps(settings, len(prepared.items))
+    passes = Passes.on(accelerator.device, settings.pass_tokens)
+    settings = dataclasses.replace(_with_steps(settings, len(prepared.items)), pass_tokens=passes.budget)
     identity = {**prepared.identity, **settings.deciding()}
     checkpoint = open_run(folder, identity, accelerator, resume=True, force=False)
     if (folder / RESULT).is_file():
@@ -208,7 +209,7 @@ def _run(
     run = Run(
         folder=folder,
         module=module,
-        source=SupervisedSource(prepared.items, settings, tokenizer.pad_id, module.terms),
+        source=SupervisedSource(prepared.items, settings, tokenizer.pad_id, module.terms, passes),
         settings=settings,
         evaluate=DevMetric(goal, tokenizer),
         eval_every=settings.eval_every,

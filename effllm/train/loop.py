@@ -120,11 +120,12 @@ class Loop:
             self.model.train()
             rate = self._set_learning_rate()
             unread, counts, (tokens, masked, sequences) = self._backward(micro_batches)
+            unread_norm = self._clip()
             asked = time.perf_counter()
             ahead = next(batches, None)  # while a GPU computes what was launched
             waited += time.perf_counter() - asked
-            sums = unread.cpu().numpy()
-            norm = self._update(sums)
+            sums, norm = unread.cpu().numpy(), float(unread_norm)
+            self._update(sums, norm)
             self.step += 1
             self.elapsed_s = time.perf_counter() - start
             yield StepRecord(
@@ -210,14 +211,17 @@ class Loop:
         gathered = self.accelerator.gather(values.to(self.accelerator.device)[None])
         return gathered.sum(dim=0)
 
-    def _update(self, sums: np.ndarray) -> float:
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradient; return its norm before that, where it was computed. Waits for no GPU."""
         limit = self.settings.clip or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit) or 0.0)
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        return norm
+
+    def _update(self, sums: np.ndarray, norm: float) -> None:
         if not np.isfinite(sums).all() or not math.isfinite(norm):
             what = "loss" if not np.isfinite(sums).all() else "gradient"
             raise TrainingStopped(f"the {what} is not finite in step {self.step + 1}; lower --learning-rate or --clip")
         self.optimizer.step()
-        return norm
 
 
 def to_tensors(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:

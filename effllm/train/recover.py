@@ -5,6 +5,7 @@ The same loop, losses and data order as fine-tuning, without evaluation: the las
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from effllm.train.distil import CAPTURING, register
 from effllm.train.loop import StepRecord
 from effllm.train.run import Evaluation, Run, make_accelerator, train
 from effllm.train.settings import FinetuneSettings
-from effllm.train.supervised import Item, SupervisedModel, SupervisedSource, make_items
+from effllm.train.supervised import Item, Passes, SupervisedModel, SupervisedSource, make_items
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) 
     model.set_attn_implementation(CAPTURING)
     if lesson.teacher is not None:
         lesson.teacher.set_attn_implementation(CAPTURING)
+    accelerator = make_accelerator(settings)
+    passes = Passes.on(accelerator.device, settings.pass_tokens)
+    settings = dataclasses.replace(settings, pass_tokens=passes.budget)
     module = SupervisedModel(model, lesson.task, lesson.head, settings, lesson.teacher)
     items = _items(lesson, with_labels="label" in module.components)
     run = Run(
         folder=work,
         module=module,
-        source=SupervisedSource(items, settings, lesson.tokenizer.pad_id, module.terms),
+        source=SupervisedSource(items, settings, lesson.tokenizer.pad_id, module.terms, passes),
         settings=settings,
         evaluate=_nothing,
         eval_every=0,
@@ -59,7 +63,7 @@ def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) 
         checkpoints=False,
     )
     try:
-        yield from train(run, make_accelerator(settings), None)
+        yield from train(run, accelerator, None)
     finally:
         model.set_attn_implementation(attention)
         model.to(device).eval()

@@ -118,8 +118,10 @@ class FinetuneSettings(LoopSettings):
     beta2: float = field(default=0.999, metadata={"help": "decay of the mean squared gradient"})
     epsilon: float = field(default=1e-8, metadata={"help": "added to the root of the mean squared gradient"})
     pass_tokens: int = field(
-        default=1024,
-        metadata={"help": "padded tokens in memory at a time; changes results by rounding only"},
+        default=0,
+        metadata={
+            "help": "padded tokens in memory at a time, 0 = 1024, on a GPU 16384; changes results by rounding only"
+        },
     )
     max_length: int = field(
         default=0, metadata={"help": "most tokens of an input; 0 = what the model takes, up to 512"}
@@ -143,8 +145,8 @@ class FinetuneSettings(LoopSettings):
         super().__post_init__()
         if not self.epochs > 0:
             raise SettingError(f"--epochs must be positive, got {self.epochs}")
-        if self.pass_tokens < 1:
-            raise SettingError(f"--pass-tokens must be at least 1, got {self.pass_tokens}")
+        if self.pass_tokens < 0:
+            raise SettingError(f"--pass-tokens must be at least 0, got {self.pass_tokens}")
         if self.max_length and self.max_length < 8:
             raise SettingError(f"--max-length must be at least 8, got {self.max_length}")
         if not (self.dropout == -1 or 0 <= self.dropout < 1):

@@ -1,7 +1,7 @@
 """Batches of labelled examples, and the module that is fine-tuned on them.
 
-A step's examples are sorted by length and cut into passes of at most `pass_tokens` padded tokens, where it costs least,
-so that short texts are not padded to the longest of the step. The loss is a sum over all passes divided by the count of
+A step's examples are sorted by length and cut into passes of at most so many padded tokens, where it costs least, so
+that short texts are not padded to the longest of the step. The loss is a sum over all passes divided by the count of
 the whole step, so the cuts change memory and speed and nothing else.
 """
 
@@ -33,13 +33,28 @@ from effllm.train.settings import FinetuneSettings
 
 PER_TOKEN = ("token-classification", "fill-mask")
 """The tasks whose outputs are one distribution per token, each of which counts."""
-PASS_TOKENS = 64
-"""What a pass costs besides its tokens, in tokens: gradients of all weights are added up once more. Measured with six
-layers of 384 and 30,522 embeddings, 30 ms where a token takes 0.7."""
-
-
 INPUT_KEYS = 1 << 23
 """The block of an example's draws that gives its inputs their keys for dropout."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a step's examples are cut: a pass has at most `budget` padded tokens, and costs as much as `cost` more."""
+
+    budget: int
+    cost: int
+
+    @classmethod
+    def on(cls, device: torch.device, budget: int) -> Passes:
+        """Return how they are cut on a device; a `budget` of 0 is the device's own."""
+        own = PASSES[device.type]
+        return cls(budget or own.budget, own.cost)
+
+
+PASSES = {"cpu": Passes(1024, 64), "cuda": Passes(16_384, 16_384)}
+"""On a CPU gradients of all weights are added up once more in each pass: with six layers of 384 and 30,522 embeddings
+in 30 ms, where a token takes 0.7. A GPU waits for the host: with twelve layers of 768, some 40 ms on an H100, in which
+it could compute this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,7 @@ class SupervisedSource:
     settings: FinetuneSettings
     pad_id: int
     terms: Terms
+    passes: Passes
 
     def micro_batches(self, step: int, rank: int, world: int) -> list[MicroBatch]:
         """Return this process's passes of a step. All processes have the same number of them."""
@@ -107,8 +123,8 @@ class SupervisedSource:
         keys = stream_keys(DROPOUT, s.seed, epochs, indices)
         ascending = sorted(range(len(indices)), key=lambda k: self.items[indices[k]].length)
         chosen = [self.items[indices[k]] for k in ascending]
-        passes = cut_passes([item.length * len(item.encodings) for item in chosen], s.pass_tokens, world)
-        own = passes[rank::world]
+        parts = cut_passes([item.length * len(item.encodings) for item in chosen], self.passes, world)
+        own = parts[rank::world]
         return [self._collate([chosen[i] for i in part], keys[[ascending[i] for i in part]]) for part in own]
 
     def _collate(self, items: Sequence[Item], keys: np.ndarray) -> MicroBatch:
@@ -125,10 +141,10 @@ class SupervisedSource:
         return MicroBatch(arrays, self.terms.count(arrays), tokens, len(inputs), len(inputs))
 
 
-def cut_passes(lengths: Sequence[int], budget: int, world: int) -> list[list[int]]:
-    """Cut ascending lengths into runs of at most `budget` padded tokens, their number a multiple of `world`.
+def cut_passes(lengths: Sequence[int], passes: Passes, world: int) -> list[list[int]]:
+    """Cut ascending lengths into passes, their number a multiple of `world`.
 
-    Of all such cuts it is the one with the fewest padded tokens, a pass counting as `PASS_TOKENS` more. One that is
+    Of all such cuts it is the one with the fewest padded tokens, those that passes cost counted in. An example that is
     longer than the budget is a pass alone; where nothing is left to cut, neighbours make a pass together instead,
     whatever the budget. Raises ValueError when there are fewer lengths than processes.
     """
@@ -137,27 +153,27 @@ def cut_passes(lengths: Sequence[int], budget: int, world: int) -> list[list[int
     # costs[j], starts[j]: of the best cut of the first j, its cost and where its last pass starts.
     costs, starts = [0], [0]
     for stop, length in enumerate(lengths, 1):
-        first = min(stop - 1, max(0, stop - budget // length))
-        cost, start = min((costs[k] + (stop - k) * length + PASS_TOKENS, k) for k in range(first, stop))
+        first = min(stop - 1, max(0, stop - passes.budget // length))
+        cost, start = min((costs[k] + (stop - k) * length + passes.cost, k) for k in range(first, stop))
         costs.append(cost)
         starts.append(start)
-    passes: list[list[int]] = []
+    parts: list[list[int]] = []
     stop = len(lengths)
     while stop:
-        passes.insert(0, list(range(starts[stop], stop)))
+        parts.insert(0, list(range(starts[stop], stop)))
         stop = starts[stop]
-    wanted = -(-len(passes) // world) * world
+    wanted = -(-len(parts) // world) * world
     if wanted > len(lengths):
         wanted -= world
-    while len(passes) < wanted:
-        longest = max(range(len(passes)), key=lambda k: len(passes[k]))
-        part = passes[longest]
-        passes[longest : longest + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
-    while len(passes) > wanted:
-        joined = [first + second for first, second in itertools.pairwise(passes)]
+    while len(parts) < wanted:
+        longest = max(range(len(parts)), key=lambda k: len(parts[k]))
+        part = parts[longest]
+        parts[longest : longest + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
+    while len(parts) > wanted:
+        joined = [first + second for first, second in itertools.pairwise(parts)]
         smallest = min(range(len(joined)), key=lambda k: len(joined[k]) * lengths[joined[k][-1]])
-        passes[smallest : smallest + 2] = [joined[smallest]]
-    return passes
+        parts[smallest : smallest + 2] = [joined[smallest]]
+    return parts
 
 
 def _stack(values: Sequence[Any], width: int) -> np.ndarray:
@@ -234,8 +250,8 @@ class SupervisedModel(nn.Module):
         targets = {name: target for name, target in known.items() if target is not None}
         mask = attention_mask == 1
         wanted = frozenset(self.distillation.components if self.distillation else ())
-        with sequence_dropout(dropout_keys if self._drops and self.model.training else None):
-            seen = observe(self.model, inputs, self._task.outputs, wanted)
+        with sequence_dropout(dropout_keys if self._drops and self.model.training else None) as dropout:
+            seen = observe(self.model, inputs, self._task.outputs, wanted, dropout)
         seen = self._embedded(seen, mask, self._head.pooling)
         sums = []
         if "label" in self.components:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +14,13 @@ import torch
 import transformers
 from conftest import ARCHITECTURES, make_config, make_model
 from runs import assert_same_run, assert_same_trace, finish, settings
-from test_finetune import run, tagged, write_jsonl
+from test_finetune import classified, run, tagged, write_jsonl
 from torch.nn import functional
 
 from effllm.data.draws import DROPOUT, draw, mix, stream_keys
 from effllm.data.vocabulary import Vocabulary
 from effllm.runtime.tokenizer import Encoding, TextTokenizer
-from effllm.train import attention, dropout
+from effllm.train import attention, distil, dropout
 from effllm.train.attention import NAME, register, sequence_index
 from effllm.train.dropout import SequenceDropout
 from effllm.train.loop import to_tensors
@@ -26,7 +28,7 @@ from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
 from effllm.train.pretrain import PretrainSource
 from effllm.train.settings import FinetuneSettings
-from effllm.train.supervised import INPUT_KEYS, Item, SupervisedSource, Terms
+from effllm.train.supervised import INPUT_KEYS, Item, Passes, SupervisedSource, Terms
 
 KEYS = stream_keys(DROPOUT, 7, 0, np.arange(3)).view(np.int64)
 RATE = 0.25
@@ -107,6 +109,24 @@ def test_on_what_belongs_to_no_sequence_it_is_pytorchs_own(shape: tuple[int, ...
         torch.manual_seed(3)
         with SequenceDropout(keys(0, 1)) if keyed else contextlib.nullcontext():
             found.append(functional.dropout(torch.ones(shape), 0.5))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 10), (3, 2, 7, 13), (3, 1030), (3, 4, 1), (3, 0, 8), (1, 9, 24)])
+@pytest.mark.parametrize("rate", [1, 6554, 65535])
+def test_the_kernel_keeps_what_torch_keeps(shape: tuple[int, ...], rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    places = torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2]) if shape[0] == 1 else None
+    own = keys(0, 0, 0, 0, 1, 1, 2, 2, 2) if shape[0] == 1 else keys(0, 1, 2)
+    found = []
+    for devices in ((), (device,)):
+        monkeypatch.setattr(dropout, "KERNEL_DEVICES", devices)
+        at = device if devices else "cpu"
+        given = (own.to(at), None if places is None else places.to(at), shape, 4, rate)
+        found.append(torch.ops.effllm.kept(*given).cpu())
+    assert found[0].shape == shape
+    assert found[1].is_contiguous()
     assert torch.equal(*found)
 
 
@@ -199,12 +219,18 @@ def test_pretraining_with_dropout_does_not_depend_on_accumulation_or_workers(
     assert_same_run(tmp_path / "workers", tmp_path / "whole")
 
 
+def run_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let training call the kernels on the CPU too, where their references run, which they equal."""
+    monkeypatch.setattr(pytest.importorskip("effllm_kernels.operators"), "runs_kernels", lambda x: x.is_cuda)
+    for module in (attention, distil):
+        monkeypatch.setattr(module, "KERNEL_DEVICES", ("cpu", "cuda"))
+
+
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_in_the_kernels_it_does_not_depend_on_the_batch_either(
     tokens: Path, dropping_config: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(pytest.importorskip("effllm_kernels.operators"), "runs_kernels", lambda x: x.is_cuda)
-    monkeypatch.setattr(attention, "KERNEL_DEVICES", ("cpu",))  # their reference, which the kernels equal
+    run_references(monkeypatch)
     vocabulary, found = Vocabulary.read(tokens / "tokenizer"), []
     model = MaskedLanguageModel(build_model(str(dropping_config[name]), vocabulary, 32, "mlm", 0)).train()
     for accumulate in (1, 4):
@@ -221,8 +247,8 @@ def test_an_example_has_its_key_whatever_batch_it_is_in() -> None:
     own = draw(stream_keys(DROPOUT, 3, 0, np.arange(7)), INPUT_KEYS, 0).view(np.int64)
     expected = dict(zip(range(9, 2, -1), own, strict=True))
     for batch_size, pass_tokens in ((7, 20), (7, 1000), (3, 1000)):
-        settings = FinetuneSettings(batch_size=batch_size, pass_tokens=pass_tokens, seed=3)
-        source = SupervisedSource(items, settings, 0, Terms((), per_token=False))
+        settings = FinetuneSettings(batch_size=batch_size, seed=3)
+        source = SupervisedSource(items, settings, 0, Terms((), per_token=False), Passes(pass_tokens, 64))
         for batch in (b for step in range(7 // batch_size) for b in source.micro_batches(step, 0, 1)):
             first, second = np.split(batch.arrays["dropout_keys"], 2)
             lengths = batch.arrays["attention_mask"].sum(1)[: len(first)]
@@ -231,7 +257,12 @@ def test_an_example_has_its_key_whatever_batch_it_is_in() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
-def test_fine_tuning_with_dropout_does_not_depend_on_its_passes(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_fine_tuning_with_dropout_does_not_depend_on_its_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kernels: bool
+) -> None:
+    if kernels:
+        run_references(monkeypatch)
     task, file = "token-classification", write_jsonl(tmp_path / "data.jsonl", tagged())
     base = make_model(tmp_path / "base", architecture, "feature-extraction")
     found = []
@@ -241,3 +272,25 @@ def test_fine_tuning_with_dropout_does_not_depend_on_its_passes(tmp_path: Path, 
         found.append([(step.record.loss, step.record.gradient_norm) for step in steps])
     for few, many in zip(*found, strict=True):
         assert few == pytest.approx(many, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fine_tuning_goes_through_the_kernels_with_the_losses_of_sdpa(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    calls, task, file = [], "text-classification", write_jsonl(tmp_path / "data.jsonl", classified())
+    base, teacher, found = make_model(tmp_path / "base", architecture), tmp_path / "teacher", []
+    run(base, teacher, task, file)
+    for number in range(2):
+        monkeypatch.setattr(distil, "KERNEL_DEVICES", ())
+        if number:
+            run_references(monkeypatch)
+            hf = importlib.import_module("effllm_kernels.hf")
+            counted = functools.partial(lambda attend, *a, **k: (calls.append(1), attend(*a, **k))[1], hf.attend)
+            monkeypatch.setattr(hf, "attend", counted)
+        chosen = {"dropout": 0.0, "precision": "fp32", "steps": 4, "epsilon": 1e-4, "distil_attention": 1.0}
+        steps = run(base, tmp_path / str(number), task, file, settings=chosen, teacher=teacher)
+        found.append([(step.record.loss, step.record.gradient_norm) for step in steps])
+    for ours, sdpa in zip(*found, strict=True):
+        assert ours == pytest.approx(sdpa, rel=1e-4)
+    assert calls

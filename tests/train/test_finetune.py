@@ -22,7 +22,7 @@ import effllm.train.finetune as finetuning
 from effllm.errors import ArtifactError, SettingError, Unsupported
 from effllm.train.finetune import finetune
 from effllm.train.settings import FinetuneSettings
-from effllm.train.supervised import PASS_TOKENS, cut_passes
+from effllm.train.supervised import Passes, cut_passes
 
 GOOD, BAD = WORDS[:12], WORDS[12:24]
 
@@ -365,19 +365,19 @@ def test_missing_files_are_named(base: Path, tmp_path: Path) -> None:
 
 def test_passes_hold_every_example_once_and_keep_the_budget() -> None:
     lengths = sorted([3, 5, 5, 9, 14, 30, 31, 64])
-    passes = cut_passes(lengths, 64, 1)
+    passes = cut_passes(lengths, Passes(64, 64), 1)
     assert [i for part in passes for i in part] == list(range(len(lengths)))
     assert all(len(part) * lengths[part[-1]] <= 64 for part in passes)
-    assert len(cut_passes(lengths, 10_000, 3)) == 3
-    assert cut_passes([10, 100], 64, 1) == [[0], [1]]
+    assert len(cut_passes(lengths, Passes(10_000, 64), 3)) == 3
+    assert cut_passes([10, 100], Passes(64, 64), 1) == [[0], [1]]
 
 
 def test_processes_have_equally_many_passes_and_none_is_empty() -> None:
-    assert cut_passes([512] * 5, 512, 2) == [[0, 1], [2], [3], [4]]
-    assert cut_passes([100, 110, 400], 64, 2) == [[0, 1], [2]]
+    assert cut_passes([512] * 5, Passes(512, 64), 2) == [[0, 1], [2], [3], [4]]
+    assert cut_passes([100, 110, 400], Passes(64, 64), 2) == [[0, 1], [2]]
     for count in range(1, 20):
         for world in range(1, count + 1):
-            passes = cut_passes([512] * count, 1024, world)
+            passes = cut_passes([512] * count, Passes(1024, 64), world)
             assert all(passes)
             assert len(passes) % world == 0
             assert [i for part in passes for i in part] == list(range(count))
@@ -394,10 +394,10 @@ def test_passes_are_cut_where_the_fewest_tokens_are_padded() -> None:
     def cost(cuts: Iterable[int]) -> int:
         bounds = [0, *cuts, len(lengths)]
         sizes = [(b - a) * lengths[b - 1] for a, b in itertools.pairwise(bounds)]
-        return sum(sizes) + PASS_TOKENS * len(sizes) if max(sizes) <= 200 else 10**9
+        return sum(sizes) + 64 * len(sizes) if max(sizes) <= 200 else 10**9
 
     cuts = [c for n in range(len(lengths)) for c in itertools.combinations(range(1, len(lengths)), n)]
-    got = cut_passes(lengths, 200, 1)
+    got = cut_passes(lengths, Passes(200, 64), 1)
     assert cost(part[0] for part in got[1:]) == min(map(cost, cuts))
 
 
