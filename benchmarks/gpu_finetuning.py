@@ -7,7 +7,7 @@ of 12 layers of 768 with random weights learns them as they are, and joined to 3
 bfloat16: with attention by SDPA or the kernels, with the passes of a CPU or of a GPU, with dropout and without, as
 written and compiled. Median seconds of the steps after the first ones, with data and optimiser; one run each, one after
 another, on one GPU. It measures time only.
-Writes `results/gpu_finetuning.jsonl`.
+Writes `results/gpu_finetuning.jsonl` after each.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def main() -> None:
             for row in measure(work / "model", work / "texts.jsonl", what, options.steps):
                 print(f"{what:12} {row.system:24} {row.value * 1e3:.1f} ms", row.how, flush=True)
                 rows.append(row)
-    if (options.steps, options.preset) == (STEPS, "base"):
-        write_rows(RESULTS, rows)
+                if (options.steps, options.preset) == (STEPS, "base"):
+                    write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":
