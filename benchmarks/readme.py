@@ -270,6 +270,9 @@ def serving_table() -> str:
     if all(fifths):
         first_p99, last_p99 = (fifth.value for fifth in fifths)
         ends += f" In the first fifth of that half hour p99 was {first_p99:.0f} ms, in the last {last_p99:.0f} ms."
+    before, after = (find(rows, "peak", OURS, part="soak", when=when) for when in ("before", "after"))
+    if before and after:
+        ends += f" Its peak was {before.value:.0f} texts/s before and {after.value:.0f} after."
     how = f"all-MiniLM-L6-v2 in int8, medians of {first.n} interleaved rounds, client and server on the same cores"
     return "\n".join([*lines, "", f"{first.machine}; {how}. {ends}"])
 

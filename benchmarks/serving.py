@@ -17,7 +17,8 @@ other parts stay.
   with as many threads; its peak is measured in the same way.
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
 - **shapes**: 10,000 requests, each of another number of texts of other lengths; memory over it.
-- **soak**: 80 % of what it can answer, for half an hour; memory and p99 of the first and the last fifth.
+- **soak**: half an hour of 80 % of what it can answer after two minutes of full load (some hosts slow down under it);
+  memory and p99 of the first and the last fifth, and what it can answer afterwards.
 
 Every system has as many threads as it has cores: a server by hand runs as many requests at once as it gets, so fewer
 threads would bind the others only (`taskset` limits all of them alike). The machine must be idle otherwise, as beside
@@ -208,9 +209,9 @@ def _loop_round(found: Rounds, name: str, loop: RawLoop, texts: list[str], chunk
         found.p50s[name].append(answer["p50_ms"])
 
 
-def peak_rate(server: ServerProcess, texts: Sequence[str], seconds: float) -> float:
+def peak_rate(server: ServerProcess, texts: Sequence[str], seconds: float, warm_up_s: float = 2.0) -> float:
     """Return what the server answers, in texts per second, when 32 clients ask without a pause."""
-    run = drive(server, texts, Load(clients=CLIENTS, seconds=seconds, warm_up_s=2.0))
+    run = drive(server, texts, Load(clients=CLIENTS, seconds=seconds, warm_up_s=warm_up_s))
     return len([one for one in run.sent if one.answered and 0 <= one.done_s < seconds]) / seconds
 
 
@@ -350,14 +351,18 @@ def watched(server: ServerProcess, warm_up_s: float) -> Iterator[list[tuple[floa
 
 def soak(plan: Plan) -> Iterator[Row]:
     """Measure 80 % of the peak for a long time."""
-    texts = texts_of_lengths(16, 64, TEXTS)
+    texts, seconds = texts_of_lengths(16, 64, TEXTS), max(plan.seconds, 10.0)
     with plan.ours() as server:
-        peak = peak_rate(server, texts, max(plan.seconds, 10.0))
-        load = Load(rate=0.8 * peak, seconds=plan.soak_minutes * 60, warm_up_s=10.0)
+        peaks = {"before": peak_rate(server, texts, seconds, warm_up_s=plan.soak_minutes * 60 / 15)}
+        load = Load(rate=0.8 * peaks["before"], seconds=plan.soak_minutes * 60, warm_up_s=10.0)
         say(f"soak: {load.rate:.0f} requests/s for {plan.soak_minutes:g} minutes")
         with watched(server, load.warm_up_s) as memory:
             run = drive(server, texts, load)
-    yield from soak_rows(run, memory, plan.how("soak", tokens="16–64", rate=round(load.rate, 1)))
+        peaks["after"] = peak_rate(server, texts, seconds)
+    how = plan.how("soak", tokens="16–64", rate=round(load.rate, 1))
+    for when, peak in peaks.items():
+        yield row("peak", peak, "texts/s", OURS, {**how, "role": "serving check", "when": when})
+    yield from soak_rows(run, memory, how)
 
 
 def soak_rows(run: LoadRun, memory: Sequence[tuple[float, int]], how: Mapping[str, Any]) -> Iterator[Row]:
