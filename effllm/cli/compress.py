@@ -19,6 +19,8 @@ Examples:
   effllm compress MODEL --method heads:keep=0.6 --method ffn:keep=0.5 --method distil --method int8 \\
       --train train.jsonl --dev dev.jsonl --out small
       prunes attention heads and FFN neurons, recovers by distillation from MODEL, quantises
+  effllm compress PRUNED --method distil --teacher MODEL --train train.jsonl --out recovered
+      recovers in a second command what an earlier one pruned
 
 `effllm show methods` lists the methods and their settings.
 """
@@ -36,6 +38,7 @@ Examples:
 @TASK
 @click.option("--calib", metavar="FILE", help="Calibration texts (.txt, .jsonl, .csv, .tsv); no labels needed.")
 @click.option("--train", metavar="FILE", help="Training texts for methods that train, such as distil.")
+@click.option("--teacher", metavar="DIR", help="What methods that train learn from; default: MODEL as it is given.")
 @click.option("--dev", metavar="FILE", help="Labelled examples, or texts for a decoder, for the gate; else agreement.")
 @click.option("--dev-limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --dev.")
 @COLUMNS
@@ -57,6 +60,7 @@ def compress(
     task: str | None,
     calib: str | None,
     train: str | None,
+    teacher: str | None,
     dev: str | None,
     dev_limit: int | None,
     columns: str | None,
@@ -92,6 +96,7 @@ def compress(
             task=task,
             calib=calib,
             train=train,
+            teacher=teacher,
             dev=dev,
             columns=parse_columns(columns),
             dev_limit=dev_limit,

@@ -81,9 +81,9 @@ def check_order(methods: Sequence[Method]) -> None:
         if method.stage and method.stage < reached.stage:
             raise SettingError(f"--method {method.name} must come before {reached.name}: {REASONS[reached.stage.name]}")
     for index, method in enumerate(methods):
-        wanted = getattr(method, "before", None)
-        if wanted is not None and all(later.stage < wanted for later in methods[index + 1 :]):
-            raise SettingError(f"--method {method.name} prepares for quantisation: let one such as int8 or int4 follow")
+        check_later = getattr(method, "check_later", None)
+        if check_later is not None:
+            check_later(methods[index + 1 :])
 
 
 def check_decoder(methods: Sequence[Method]) -> None:

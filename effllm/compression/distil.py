@@ -1,8 +1,9 @@
-"""distil: trains the compressed model to answer as the dense one does, which stands before the first method.
+"""distil: trains the compressed model to answer as the dense one does.
 
-The losses are those of `effllm.train.distil`: softened logits (Hinton et al. 2015), hidden states (TinyBERT, Jiao et
-al. 2020), attention relations (MiniLMv2, Wang et al. 2021). Texts without reference answers are enough. After layers
-were dropped, student layer i learns from teacher layer i · teacher layers / student layers.
+The dense model is the one before the first method, or the one that `--teacher` names. The losses are those of
+`effllm.train.distil`: softened logits (Hinton et al. 2015), hidden states (TinyBERT, Jiao et al. 2020), attention
+relations (MiniLMv2, Wang et al. 2021). Texts without reference answers are enough. After layers were dropped, student
+layer i learns from teacher layer i · teacher layers / student layers.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 SAME = 1e-6
 """The loss below which two models are the same, but for rounding."""
 ITSELF = (
-    "it learnt from itself, as no method before had changed the model; put it after one, or learn from another model "
-    "with effllm finetune --teacher"
+    "it learnt from itself, as no method before had changed the model; put it after one, or name the model to learn "
+    "from with --teacher"
 )
 
 

@@ -24,6 +24,7 @@ from effllm.tasks import Example
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
+    from effllm.folder import ModelFolder
 
 
 class Stage(IntEnum):
@@ -74,7 +75,8 @@ class WeightsJob(Calibrated):
     """What a method of the weights works with. `source.model` is the model, in eval mode; it is changed in place.
 
     `calibration` needs no reference answers; `train` is empty where no training data was given. `work` is a scratch
-    folder of this step alone. `threads` is what latencies are measured with.
+    folder of this step alone. `threads` is what latencies are measured with. `teacher` is the model that training
+    learns from, where it is not the dense one.
     """
 
     source: Source
@@ -83,6 +85,7 @@ class WeightsJob(Calibrated):
     train: Sequence[Example]
     threads: int
     track: Track
+    teacher: ModelFolder | None = None
 
     @property
     def model(self) -> Any:

@@ -18,6 +18,7 @@ from effllm.compression.auto import Auto
 from effllm.compression.gate import judge
 from effllm.compression.layers import linears
 from effllm.compression.method import GraphJob, GraphMethod, Method, Stage, WeightsJob, WeightsMethod
+from effllm.compression.recovery import open_teacher
 from effllm.compression.texts import Given, Texts, calibrates, choose_texts
 from effllm.errors import CheckFailed, GateFailed, Unsupported
 from effllm.exporters.agree import Agreement, check_agreement
@@ -85,6 +86,7 @@ def compress(
     train: str | Path | None = None,
     dev: str | Path | Sequence[Mapping[str, Any]] | None = None,
     columns: Mapping[str, str] | None = None,
+    teacher: str | Path | None = None,
     dev_limit: int | None = None,
     max_drop: float = 0.01,
     threads: int | None = None,
@@ -97,7 +99,8 @@ def compress(
     otherwise. `calib` is a file or a list of texts; without it, the training texts, or English text that ships with
     Python. `train` is a file for methods that train. `dev` is a file or a list of records with reference answers;
     without it the gate is on agreement with the dense model over texts that were not calibrated on. `max_drop` is the
-    share of the dense metric that may be lost.
+    share of the dense metric that may be lost. `teacher` is a folder whose model the methods that train learn from
+    instead of `model`.
 
     Raises GateFailed or CheckFailed when the result is not good enough, ArtifactError, SettingError or Unsupported for
     bad input; in each case nothing is written and an existing folder at `out` survives.
@@ -114,6 +117,7 @@ def compress(
     given = Given(calib, train, dev, columns, dev_limit)
     cores = threads or machine.usable_cores()
     torch.set_num_threads(cores)
+    taught = open_teacher(source, teacher, methods) if teacher else None
     if methods[-1].stage is Stage.SEARCH:
         from effllm.compression.search import search  # noqa: PLC0415 - it calls this function for its trials
 
@@ -124,7 +128,7 @@ def compress(
             cast(WeightsMethod, one).check(source)
     texts = choose_texts(source, methods, given)
     with create(target, force=force) as staging:
-        run = _Run(source, texts, staging, methods, max_drop, cores, track, notes=list(texts.notes))
+        run = _Run(source, texts, staging, methods, max_drop, cores, track, taught, notes=list(texts.notes))
         made = run.graph(cast(GraphMethod, methods[-1])) if methods[-1].stage is Stage.GRAPH else run.weights()
         shutil.rmtree(run.work)
         source = dataclasses.replace(made.source, task=task_of(source.folder, task))
@@ -160,6 +164,7 @@ class _Run:
     max_drop: float
     threads: int
     track: Track
+    teacher: ModelFolder | None = None
     details: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     batch_dependent: bool = False
@@ -256,6 +261,7 @@ class _Run:
                 train=self.texts.train.examples,
                 threads=self.threads,
                 track=self.track,
+                teacher=self.teacher,
             )
             changed = method.apply(job)
             self.source = job.source
@@ -279,10 +285,16 @@ class _Run:
             "max_drop": self.max_drop,
             **({"calibration": last[0], "calibration_of_steps": calibrated} if last else {}),
             **({"train": self.texts.train.entry()} if self.texts.train.examples else {}),
+            **({"teacher": _named(self.teacher)} if self.teacher else {}),
             "gate": self.texts.gate.entry(),
             "details": self.details[-1],
             "details_of_steps": self.details,
         }
+
+
+def _named(folder: ModelFolder) -> dict[str, Any]:
+    """Return what a manifest records of a model that stands for another folder."""
+    return {"name": folder.name, "weights_sha256": weights_digest(folder.path)}
 
 
 def _step(method: Method) -> dict[str, Any]:
@@ -336,7 +348,7 @@ def finish(
     content = {
         "task": source.task.name,
         "model_file": model_file,
-        "parent": {"name": folder.name, "weights_sha256": weights_digest(folder.path)},
+        "parent": _named(folder),
         "steps": [*parent.get("steps", []), *map(dict, steps)],
         "max_length": folder.max_length,
         "batch_dependent": False,

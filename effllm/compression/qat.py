@@ -2,13 +2,13 @@
 
 Jacob et al. 2018, section 3, written from the paper: the forward pass rounds, the gradient passes straight through the
 rounding to the float weights, which are what is left at the end. With 8 bits, weights have a scale per output and
-inputs a range per layer, an exponential moving average of what was seen; with 4 bits, weights have a scale per group,
-without zero points as with `int4:symmetric=true`, and inputs stay float, as int4 leaves them.
+inputs a range per layer, an exponential moving average of what was seen; with 4 bits, weights have a scale and a zero
+point per group, over the group's whole range, and inputs stay float, as int4 leaves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,16 +18,18 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from effllm import machine
-from effllm.compression.gptq import check_group_size, check_groups
+from effllm.compression.gptq import CODES, check_group_size, check_groups
 from effllm.compression.grids import weight_levels
 from effllm.compression.layers import linears
-from effllm.compression.method import Changed, Stage, WeightsJob
+from effllm.compression.method import Changed, Method, Stage, WeightsJob
 from effllm.compression.recovery import Training, recover
 from effllm.errors import SettingError
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
 
+PREPARED = {8: ("int8", "llm-int8"), 4: ("int4", "int4-torch")}
+"""The methods that a training with so many bits prepares for."""
 MEMORY = 0.99
 """The share that a layer's range keeps of itself at each pass."""
 
@@ -39,14 +41,11 @@ class Qat(Training):
     name: ClassVar[str] = "qat"
     summary: ClassVar[str] = "trains the model for the rounding of a later int8 or int4; needs --train"
     stage: ClassVar[Stage] = Stage.TRAIN
-    before: ClassVar[Stage] = Stage.CODES
     identity: ClassVar[Mapping[str, Any]] = {}
 
-    bits: int = field(
-        default=8,
-        metadata={"help": "bits of the weights: 8, inputs too, or 4, weights alone in groups, for int4:symmetric=true"},
-    )
+    bits: int = field(default=8, metadata={"help": "bits of the weights: 8, inputs too, or 4, weights alone in groups"})
     group_size: int = field(default=128, metadata={"help": "with 4 bits: weights along a row that share a scale"})
+    symmetric: bool = field(default=False, metadata={"help": "with 4 bits: no zero points, as int4-torch has none"})
     learning_rate: float = field(kw_only=True, default=2e-5, metadata={"help": "peak learning rate"})
     logits: float = field(default=1.0, metadata={"help": "weight of matching the dense model's logits"})
 
@@ -57,6 +56,19 @@ class Qat(Training):
         check_group_size(self.name, self.group_size)
         if not self.logits + self.hidden + self.label_weight > 0:
             raise SettingError("qat: one of logits, hidden and label_weight must be above 0")
+
+    def check_later(self, methods: Sequence[Method]) -> None:
+        """Raise SettingError where no method quantises afterwards, or one that rounds otherwise than the training."""
+        later = next((method for method in methods if method.stage >= Stage.CODES), None)
+        if later is None:
+            raise SettingError("--method qat prepares for quantisation: let one such as int8 or int4 follow")
+        if later.name not in PREPARED[self.bits]:
+            fitting = " and ".join(f"bits={bits} for {', '.join(names)}" for bits, names in PREPARED.items())
+            raise SettingError(f"qat: bits={self.bits} does not prepare for {later.name}; there is {fitting}")
+        for name, missing in (("group_size", self.group_size), ("symmetric", True)):
+            own, its = getattr(self, name), getattr(later, name, missing)
+            if self.bits == 4 and own != its:
+                raise SettingError(f"qat: {name}={own} does not prepare for {later.name}, whose {name} is {its}")
 
     def check(self, source: Source) -> None:
         """Raise SettingError where the groups do not divide a layer's inputs."""
@@ -71,14 +83,16 @@ class Qat(Training):
         self._check_groups(job.model)
         levels, _ = weight_levels(machine.instruction_set())
         chosen = list(linears(job.model).values())
-        rounding = RoundedWeight(levels) if self.bits == 8 else RoundedWeight(7, self.group_size)
+        rounding: nn.Module = RoundedWeight(levels)
+        if self.bits == 4:
+            rounding = RoundedWeight(7, self.group_size) if self.symmetric else RoundedGroups(self.group_size)
         with rounded(job.model, chosen, rounding, inputs=self.bits == 8):
             details = recover(job, self)
         return Changed(details)
 
 
 @contextmanager
-def rounded(model: nn.Module, chosen: list[nn.Linear], weights: RoundedWeight, *, inputs: bool) -> Iterator[None]:
+def rounded(model: nn.Module, chosen: list[nn.Linear], weights: nn.Module, *, inputs: bool) -> Iterator[None]:
     """Let linear layers of a model compute with rounded weights, and with rounded inputs too, while the block runs."""
     real = RealTokens()
     handles = [model.register_forward_pre_hook(real, with_kwargs=True)]
@@ -107,6 +121,23 @@ class RoundedWeight(nn.Module):
         groups = weight.detach().unflatten(1, (-1, self.group_size or weight.shape[1]))
         scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-8) / self.levels
         return _straight_through(weight, ((groups / scales).round() * scales).flatten(1))
+
+
+class RoundedGroups(nn.Module):
+    """Rounds W (N, K) to 16 steps over the range of each `group_size` columns of a row, zero among them."""
+
+    def __init__(self, group_size: int) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the rounded weight; its gradient is the weight's."""
+        groups = weight.detach().unflatten(1, (-1, self.group_size))
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        scales = ((high - low) / (CODES - 1)).clamp(min=1e-8)
+        zeros = (-low / scales).round()
+        codes = ((groups / scales).round() + zeros).clamp(0, CODES - 1)
+        return _straight_through(weight, ((codes - zeros) * scales).flatten(1))
 
 
 class RealTokens:

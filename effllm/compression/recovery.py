@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from effllm.compression.method import Stage, WeightsJob
+from transformers import AutoConfig
+
+from effllm.compression.method import Method, Stage, WeightsJob
+from effllm.compression.texts import needs_training
 from effllm.errors import SettingError
-from effllm.folder import open_folder
+from effllm.folder import ModelFolder, open_folder
 from effllm.hf import load_trained
+from effllm.runtime.pooling import read_pooling
 from effllm.train.recover import Lesson, retrain
 from effllm.train.settings import FinetuneSettings
+from effllm.train.teacher import check_shapes, check_teacher
+
+if TYPE_CHECKING:
+    from effllm.exporters.source import Source
 
 TRAINING = "training"
 """How the names of trainings begin that report themselves."""
@@ -54,6 +63,24 @@ class Training:
             raise SettingError(f"{self.name}: temperature must be positive, got {getattr(self, 'temperature', 1.0)}")
 
 
+def open_teacher(source: Source, teacher: str | Path, methods: Sequence[Method]) -> ModelFolder:
+    """Return the folder of the model that training is to learn from.
+
+    Raises SettingError where no method trains, or where that model cannot teach the source's; ArtifactError or
+    Unsupported where the folder cannot be read.
+    """
+    training = [method for method in methods if isinstance(method, Training) and needs_training(method)]
+    if not training:
+        raise SettingError("--teacher needs a method that trains, such as distil; auto always learns from MODEL")
+    folder = open_folder(teacher)
+    check_teacher(folder, source.folder, source.task, source.head)
+    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    for method in training:
+        logits, attention = (getattr(method, name, least) > 0 for name, least in (("logits", 1.0), ("attention", 0.0)))
+        check_shapes(config, source.model.config.hidden_size, source.task, logits=logits, attention=attention)
+    return folder
+
+
 def planned_steps(job: WeightsJob, method: Training) -> int:
     """Return how many optimiser steps the training of a method takes."""
     batch = min(method.batch_size, len(job.train))
@@ -67,7 +94,7 @@ def recover(
 
     The losses are weighted by the method's `logits`, `hidden`, `attention` and `label_weight`, where it has them;
     logits alone otherwise. `after_step` is called with the number of each step taken. The dense model is read again
-    from its folder.
+    from its folder; where the job has a teacher, that one takes its place.
     """
     steps = planned_steps(job, method)
     settings = FinetuneSettings(
@@ -86,8 +113,9 @@ def recover(
         label_weight=method.label_weight,
     )
     source = job.source
-    teacher = load_trained(open_folder(source.folder.path), source.task.auto_class)
-    lesson = Lesson(source.task, source.head, job.tokenizer, job.train, teacher)
+    folder = job.teacher or open_folder(source.folder.path)
+    teacher = load_trained(folder, source.task.auto_class)
+    lesson = Lesson(source.task, source.head, job.tokenizer, job.train, teacher, read_pooling(folder.path).mode)
     losses = []
     with contextlib.closing(retrain(job.model, lesson, settings, job.work)) as records:
         for record in job.track(records, f"{TRAINING} ({method.name})", steps):

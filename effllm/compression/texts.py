@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def choose_texts(source: Source, methods: Sequence[Method], given: Given) -> Tex
         pool = _calibration_pool(source, given)
     elif train.examples:
         pool = train
+    elif given.train is not None:
+        pool = _calibration_pool(source, dataclasses.replace(given, calib=given.train))
     else:
         pool = _english(source)
         if counts:

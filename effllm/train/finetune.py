@@ -25,7 +25,6 @@ from effllm.runtime.tokenizer import TextTokenizer
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import TASKS, Example, Head, Task
-from effllm.tasks.text_classification import MULTI_LABEL
 from effllm.train.averaging import add_average
 from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.devices import describe
@@ -37,6 +36,7 @@ from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
 from effllm.train.settings import FinetuneSettings
 from effllm.train.sharding import gathered
 from effllm.train.supervised import Item, Passes, SupervisedModel, SupervisedSource, freeze_unreached, make_items
+from effllm.train.teacher import check_shapes, check_teacher
 from effllm.variant import check_target, weights_digest
 
 LONGEST = 512
@@ -254,29 +254,12 @@ def _teacher(
     config.
     """
     folder = open_folder(teacher)
-    if goal.task.name == "text-classification" and folder.config.get("problem_type") == MULTI_LABEL:
-        raise SettingError(f"the teacher {folder.path} gives a text any number of labels, the training data one each")
-    labels = tuple(folder.labels) if goal.head.labels else ()
-    if labels != goal.head.labels:
-        raise SettingError(f"the teacher's labels ({', '.join(labels)}) are not those of the training data")
-    if TextTokenizer.open(folder).vocabulary() != TextTokenizer.open(goal.folder).vocabulary():
-        raise SettingError(f"the teacher {folder.path} has another tokenizer than {goal.folder.path}")
+    check_teacher(folder, goal.folder, goal.task, goal.head)
     register()
     taught = load_trained(folder, goal.task.auto_class, attention=CAPTURING)
-    _check_shapes(goal, settings, taught.config)
+    logits, attention = settings.distil_logits > 0, settings.distil_attention > 0
+    check_shapes(taught.config, goal.folder.hidden_size, goal.task, logits=logits, attention=attention)
     return taught.to(accelerator.device), read_pooling(folder.path).mode
-
-
-def _check_shapes(goal: Supervision, settings: FinetuneSettings, teacher: Any) -> None:
-    """Raise SettingError where the student's width does not allow what is distilled from a teacher of that config."""
-    width, heads = goal.folder.hidden_size, teacher.num_attention_heads
-    if settings.distil_attention and width % heads:
-        raise SettingError(f"--distil-attention: a width of {width} cannot be split over the teacher's {heads} heads")
-    if goal.task.name == "sentence-similarity" and settings.distil_logits and width != teacher.hidden_size:
-        raise SettingError(
-            f"--distil-logits compares embeddings, and the teacher's have {teacher.hidden_size} dimensions where the "
-            f"model's have {width}; distil --distil-hidden instead, with --distil-logits 0"
-        )
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,18 @@ from effllm.train.supervised import Item, Passes, SupervisedModel, SupervisedSou
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a model is trained on. `teacher` is a model to learn from, or None; `head` and `task` are the model's."""
+    """What a model is trained on.
+
+    `teacher` is a model to learn from, or None, whose embeddings are pooled as `teacher_pooling` says, by default as
+    the model's; `head` and `task` are the model's.
+    """
 
     task: Task
     head: Head
     tokenizer: TextTokenizer
     examples: Sequence[Example]
     teacher: Any = None
+    teacher_pooling: str = ""
 
 
 def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) -> Generator[StepRecord]:
@@ -49,7 +54,7 @@ def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) 
     accelerator = make_accelerator(settings)
     passes = Passes.on(accelerator.device, settings.pass_tokens)
     settings = dataclasses.replace(settings, pass_tokens=passes.budget)
-    module = SupervisedModel(model, lesson.task, lesson.head, settings, lesson.teacher)
+    module = SupervisedModel(model, lesson.task, lesson.head, settings, lesson.teacher, lesson.teacher_pooling)
     items = _items(lesson, with_labels="label" in module.components)
     run = Run(
         folder=work,

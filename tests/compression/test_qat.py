@@ -12,9 +12,10 @@ from conftest import WORDS, make_model
 from torch import nn
 
 from effllm.compression import check_order, parse_method
+from effllm.compression.gptq import round_to_nearest
 from effllm.compression.layers import linears
 from effllm.compression.pipeline import compress
-from effllm.compression.qat import RealTokens, RoundedInput, RoundedWeight, rounded
+from effllm.compression.qat import RealTokens, RoundedGroups, RoundedInput, RoundedWeight, rounded
 from effllm.errors import SettingError
 from effllm.hf import SparseLinear, load
 
@@ -95,6 +96,37 @@ def test_qat_needs_a_method_that_quantises() -> None:
     check_order([qat, distil, int8])
 
 
+@pytest.mark.parametrize(
+    ("qat", "later", "reason"),
+    [
+        ("qat", "int4", "bits=8 does not prepare for int4; there is bits=8 for int8, llm-int8 and bits=4 for int4"),
+        ("qat:bits=4", "int8", "bits=4 does not prepare for int8"),
+        ("qat:bits=4", "nf4", "bits=4 does not prepare for nf4"),
+        ("qat:bits=4", "int4:group_size=32", "group_size=128 does not prepare for int4, whose group_size is 32"),
+        ("qat:bits=4", "int4:symmetric=true", "symmetric=False does not prepare for int4, whose symmetric is True"),
+        ("qat:bits=4", "int4-torch", "symmetric=False does not prepare for int4-torch, whose symmetric is True"),
+    ],
+)
+def test_qat_and_what_it_prepares_for_round_alike(qat: str, later: str, reason: str) -> None:
+    with pytest.raises(SettingError, match=reason):
+        check_order([parse_method(qat), parse_method("distil"), parse_method(later)])
+
+
+def test_qat_with_4_bits_rounds_as_int4_does() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 64)
+    weight[0, :32] = 0
+    weight[1] = weight[1].abs()
+    weight[2, 5] = 30.0
+    importance = torch.ones(64)
+    shrinks = ("effllm.compression.gptq.SHRINKS", (1.0,))  # int4 also tries smaller ranges than the whole
+    for symmetric, rounding in ((True, RoundedWeight(7, 32)), (False, RoundedGroups(32))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*shrinks)
+            coded = round_to_nearest(weight, torch.diag(importance), 32, symmetric=symmetric)
+        torch.testing.assert_close(rounding(weight), coded.values(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("spec", ["qat:bits=6", "qat:group_size=5", "qat:logits=0,hidden=0", "qat:batch_size=0"])
 def test_settings_out_of_range_are_refused(spec: str) -> None:
     with pytest.raises(SettingError):
@@ -105,7 +137,8 @@ def test_settings_out_of_range_are_refused(spec: str) -> None:
     "specs",
     [
         ("qat:steps=3", "int8:activations=static"),
-        ("qat:bits=4,group_size=32,steps=3", "int4:group_size=32,symmetric=true"),
+        ("qat:bits=4,group_size=32,steps=3", "int4:group_size=32"),
+        ("qat:bits=4,group_size=32,symmetric=true,steps=3", "int4:group_size=32,symmetric=true"),
     ],
 )
 def test_a_pruned_model_is_trained_and_quantised(tmp_path: Path, specs: tuple[str, str]) -> None:

@@ -129,3 +129,14 @@ def test_steps_alone_train_and_neither_is_refused(source: Source, name: str, tmp
         texts_of(source, f"{name}:epochs=0,steps=5")
     with pytest.raises(SettingError, match=f"{name}: epochs or steps must be above 0"):
         parse_method(f"{name}:epochs=0")
+
+
+def test_training_texts_calibrate_where_nothing_trains_on_them(source: Source, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    for spec in ("wanda:sparsity=0.5,calibration=20", "ffn:keep=0.5,calibration=20"):
+        texts, (drawn,) = texts_of(source, spec, train=file)
+        assert texts.calibration.data == "train.jsonl"
+        assert set(drawn) < set(TEXTS)
+        assert not texts.train.examples
+        assert not any("English" in note or "english" in note for note in texts.notes)

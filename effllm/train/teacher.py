@@ -1,0 +1,38 @@
+"""Whether a model can teach another one: both take the same tokens and give answers of the same kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from effllm.errors import SettingError
+from effllm.folder import ModelFolder
+from effllm.runtime.tokenizer import TextTokenizer
+from effllm.tasks import Head, Task
+from effllm.tasks.text_classification import MULTI_LABEL, gives_each_label
+
+
+def check_teacher(teacher: ModelFolder, student: ModelFolder, task: Task, head: Head) -> None:
+    """Raise SettingError unless a teacher has the tokens of a student and gives the labels of its `head`."""
+    several = teacher.config.get("problem_type") == MULTI_LABEL
+    if task.name == "text-classification" and several != gives_each_label(task, head):
+        what = ("any number of labels", "one") if several else ("one label", "any number")
+        raise SettingError(f"the teacher {teacher.path} gives a text {what[0]}, the model is to give it {what[1]}")
+    labels = tuple(teacher.labels) if head.labels else ()
+    if labels != tuple(head.labels):
+        raise SettingError(f"the teacher's labels ({', '.join(labels)}) are not the model's ({', '.join(head.labels)})")
+    if TextTokenizer.open(teacher).vocabulary() != TextTokenizer.open(student).vocabulary():
+        raise SettingError(f"the teacher {teacher.path} has another tokenizer than {student.path}")
+
+
+def check_shapes(teacher: Any, width: int, task: Task, *, logits: bool, attention: bool) -> None:
+    """Raise SettingError where a student of that width cannot learn what is distilled; `teacher` is a loaded config."""
+    heads = teacher.num_attention_heads
+    if attention and width % heads:
+        raise SettingError(
+            f"attention relations: a width of {width} cannot be split over the teacher's {heads} heads; leave them out"
+        )
+    if task.name == "sentence-similarity" and logits and width != teacher.hidden_size:
+        raise SettingError(
+            f"logits stand for embeddings, and the teacher's have {teacher.hidden_size} dimensions where the model's "
+            f"have {width}; distil hidden states instead, with a weight of 0 on logits"
+        )

@@ -1,0 +1,77 @@
+"""Learning from another model than the one that is compressed: the same, in a second command; what cannot teach."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import make_model
+
+from effllm.compression import parse_method
+from effllm.compression.pipeline import compress
+from effllm.data.english import english_sentences
+from effllm.errors import SettingError
+from effllm.variant import Variant, weights_digest
+
+DISTIL = "distil:steps=6,batch_size=4,attention=1"
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Texts, and labelled examples for the gate, of which no text is used."""
+    lines = [json.dumps({"text": text, "label": "neutral"}) + "\n" for text in english_sentences()[:40]]
+    (tmp_path / "train.jsonl").write_text("".join(lines[:24]))
+    (tmp_path / "dev.jsonl").write_text("".join(lines[24:]))
+    return {"train": tmp_path / "train.jsonl", "dev": tmp_path / "dev.jsonl", "max_drop": 1.0, "threads": 1}
+
+
+def methods(*specs):
+    return [parse_method(spec) for spec in specs]
+
+
+def test_a_second_command_recovers_what_the_first_one_pruned(classifier, tmp_path, given):
+    pruned, together, apart = (tmp_path / name for name in ("pruned", "together", "apart"))
+    compress(classifier, pruned, method=methods("ffn:keep=0.5,calibration=16"), **given)
+    compress(classifier, together, method=methods("ffn:keep=0.5,calibration=16", DISTIL), **given)
+    variant = compress(pruned, apart, method=methods(DISTIL), teacher=classifier, **given)
+    assert (together / "model.safetensors").read_bytes() == (apart / "model.safetensors").read_bytes()
+    assert (pruned / "model.safetensors").read_bytes() != (apart / "model.safetensors").read_bytes()
+    assert variant.manifest["teacher"]["weights_sha256"] == weights_digest(classifier)
+    assert "teacher" not in Variant.open(together).manifest
+
+
+def test_without_a_teacher_the_second_command_learns_from_the_pruned_model(classifier, tmp_path, given):
+    compress(classifier, tmp_path / "pruned", method=methods("ffn:keep=0.5,calibration=16"), **given)
+    notes = compress(tmp_path / "pruned", tmp_path / "out", method=methods(DISTIL), **given).manifest["notes"]
+    assert any("with --teacher" in note for note in notes)
+
+
+@pytest.mark.parametrize("specs", [("magnitude:sparsity=0.5",), ("int8",), ("auto",)])
+def test_a_teacher_without_anyone_to_teach_is_refused(classifier, tmp_path, given, specs):
+    with pytest.raises(SettingError, match="--teacher needs a method that trains"):
+        compress(classifier, tmp_path / "out", method=methods(*specs), teacher=classifier, **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id2label": {"0": "no", "1": "so", "2": "yes"}}, "labels .no, so, yes. are not the model"),
+        ({"problem_type": "multi_label_classification"}, "any number of labels, the model is to give it one"),
+        ({"num_attention_heads": 3}, "cannot be split over the teacher's 3 heads"),
+    ],
+)
+def test_what_cannot_teach_is_refused_before_any_work(classifier, tmp_path, given, change, message):
+    teacher = shutil.copytree(classifier, tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SettingError, match=message):
+        compress(classifier, tmp_path / "out", method=methods(DISTIL), teacher=teacher, **given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.jsonl", "teacher", "train.jsonl"]
+
+
+def test_a_teacher_with_other_tokens_is_refused(classifier, tmp_path, given):
+    teacher = make_model(tmp_path / "teacher", "roberta")
+    with pytest.raises(SettingError, match="has another tokenizer"):
+        compress(classifier, tmp_path / "out", method=methods(DISTIL), teacher=teacher, **given)
