@@ -1,12 +1,11 @@
 """What the size of passes, dropout and `--compile` cost a fine-tuning on a GPU.
 
-    python benchmarks/gpu_finetuning.py TOKENS TRAIN [--steps N]
+    python benchmarks/gpu_finetuning.py TOKENS TRAIN [--steps N] [--preset NAME]
 
 TOKENS is a folder that `effllm prepare` wrote, for its tokenizer; TRAIN a file of labelled texts, SST-2's here. A BERT
 of 12 layers of 768 with random weights learns them as they are, and joined to 300 words at least, 32 a step, in
-bfloat16: with attention by SDPA or the kernels, with the passes of a CPU or of a GPU, with dropout and without, as
-written and compiled. Median seconds of the steps after the first ones, with data and optimiser; one run each, one after
-another, on one GPU. It measures time only.
+bfloat16: with passes of several sizes, with dropout and without, as written and compiled. Median seconds of the steps
+after the first ones, with data and optimiser; one run each, one after another, on one GPU. It measures time only.
 Writes `results/gpu_finetuning.jsonl` after each.
 """
 
@@ -28,8 +27,7 @@ from effllm.data.vocabulary import Vocabulary
 from effllm.folder import tokenizer_files
 from effllm.measure.statistics import median_interval
 from effllm.rows import Row, write_rows
-from effllm.train import distil
-from effllm.train.devices import KERNEL_DEVICES, describe
+from effllm.train.devices import describe
 from effllm.train.finetune import finetune
 from effllm.train.models import preset_config
 from effllm.train.settings import FinetuneSettings
@@ -37,11 +35,10 @@ from effllm.train.settings import FinetuneSettings
 RESULTS = Path(__file__).parent / "results" / "gpu_finetuning.jsonl"
 STEPS, FIRST = 40, 12
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "SDPA": {"dropout": 0.1},
-    "SDPA, no dropout": {"dropout": 0.0},
-    "passes of 1,024 tokens": {"dropout": 0.1, "pass_tokens": 1024},
     "as it is": {"dropout": 0.1},
     "no dropout": {"dropout": 0.0},
+    "passes of 1,024 tokens": {"dropout": 0.1, "pass_tokens": 1024},
+    "passes of 16,384 tokens": {"dropout": 0.1, "pass_tokens": 16384},
     "compiled": {"dropout": 0.1, "compile": True},
 }
 
@@ -70,7 +67,6 @@ def measure(model: Path, file: Path, what: str, steps: int) -> Iterator[Row]:
     """Train with each of SYSTEMS and yield rows."""
     for system, chosen in SYSTEMS.items():
         settings = FinetuneSettings(steps=steps, precision="bf16", save_every=0, **chosen)
-        distil.KERNEL_DEVICES = () if system.startswith("SDPA") else KERNEL_DEVICES
         with tempfile.TemporaryDirectory() as out:
             run = finetune(model, Path(out) / "out", task="text-classification", train=file, settings=settings)
             records = [step.record for step in run][min(FIRST, steps // 2) :]

@@ -20,7 +20,7 @@ Examples:
       --train train.jsonl --dev dev.jsonl --out small
       prunes attention heads and FFN neurons, recovers by distillation from MODEL, quantises
   effllm compress PRUNED --method distil --teacher MODEL --train train.jsonl --out recovered
-      recovers in a second command what an earlier one pruned
+      recovers what an earlier command pruned, which needs room for loss there (--max-drop); each is gated by itself
 
 `effllm show methods` lists the methods and their settings.
 """
@@ -37,8 +37,10 @@ Examples:
 @OUT
 @TASK
 @click.option("--calib", metavar="FILE", help="Calibration texts (.txt, .jsonl, .csv, .tsv); no labels needed.")
-@click.option("--train", metavar="FILE", help="Training texts for methods that train, such as distil.")
-@click.option("--teacher", metavar="DIR", help="What methods that train learn from; default: MODEL as it is given.")
+@click.option("--train", metavar="FILE", help="Texts for methods that train, such as distil; without --calib for all.")
+@click.option(
+    "--teacher", metavar="DIR", help="What training learns from instead of MODEL; the gate compares with MODEL."
+)
 @click.option("--dev", metavar="FILE", help="Labelled examples, or texts for a decoder, for the gate; else agreement.")
 @click.option("--dev-limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N examples of --dev.")
 @COLUMNS

@@ -97,10 +97,11 @@ def compress(
 
     The folder holds an ONNX model when the last method is one of the graph, such as int8, and a transformers model
     otherwise. `calib` is a file or a list of texts; without it, the training texts, or English text that ships with
-    Python. `train` is a file for methods that train. `dev` is a file or a list of records with reference answers;
+    Python. `train` is a file for methods that train, and
+    to calibrate on. `dev` is a file or a list of records with reference answers;
     without it the gate is on agreement with the dense model over texts that were not calibrated on. `max_drop` is the
     share of the dense metric that may be lost. `teacher` is a folder whose model the methods that train learn from
-    instead of `model`.
+    instead of `model`, which the result is compared with all the same.
 
     Raises GateFailed or CheckFailed when the result is not good enough, ArtifactError, SettingError or Unsupported for
     bad input; in each case nothing is written and an existing folder at `out` survives.

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from transformers import AutoConfig
-
 from effllm.compression.method import Method, Stage, WeightsJob
 from effllm.compression.texts import needs_training
 from effllm.errors import SettingError
@@ -46,10 +44,11 @@ class Training:
         default=False, metadata={"help": "keep the model's dropout while it learns to answer as the dense model does"}
     )
     label_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the labels; 0 = needs none"})
+    pass_tokens: int = field(default=0, metadata={"help": "padded tokens in memory at a time; 0 = by the device"})
     seed: int = field(default=0, metadata={"help": "decides texts, order and dropout"})
 
     def __post_init__(self) -> None:
-        for key, least in {"epochs": 0, "steps": 0, "batch_size": 1}.items():
+        for key, least in {"epochs": 0, "steps": 0, "batch_size": 1, "pass_tokens": 0}.items():
             if getattr(self, key) < least:
                 raise SettingError(f"{self.name}: {key} must be at least {least}, got {getattr(self, key)}")
         if self.stage is Stage.TRAIN and not (self.epochs or self.steps):
@@ -67,16 +66,21 @@ def open_teacher(source: Source, teacher: str | Path, methods: Sequence[Method])
     """Return the folder of the model that training is to learn from.
 
     Raises SettingError where no method trains, or where that model cannot teach the source's; ArtifactError or
-    Unsupported where the folder cannot be read.
+    Unsupported where it has no head for the task, was quantised, or cannot be read.
     """
     training = [method for method in methods if isinstance(method, Training) and needs_training(method)]
     if not training:
         raise SettingError("--teacher needs a method that trains, such as distil; auto always learns from MODEL")
     folder = open_folder(teacher)
     check_teacher(folder, source.folder, source.task, source.head)
-    config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    if folder.max_length < source.folder.max_length:
+        raise SettingError(
+            f"the teacher {folder.path} takes {folder.max_length} tokens, the model {source.folder.max_length}"
+        )
+    read_pooling(folder.path)
+    config = load_trained(folder, source.task.auto_class).config
     for method in training:
-        logits, attention = (getattr(method, name, least) > 0 for name, least in (("logits", 1.0), ("attention", 0.0)))
+        logits, attention = getattr(method, "logits", 1.0) > 0, getattr(method, "attention", 0.0) > 0
         check_shapes(config, source.model.config.hidden_size, source.task, logits=logits, attention=attention)
     return folder
 
@@ -111,6 +115,7 @@ def recover(
         distil_attention=getattr(method, "attention", 0.0),
         temperature=getattr(method, "temperature", 2.0),
         label_weight=method.label_weight,
+        pass_tokens=method.pass_tokens,
     )
     source = job.source
     folder = job.teacher or open_folder(source.folder.path)

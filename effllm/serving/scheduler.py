@@ -17,7 +17,7 @@ from operator import attrgetter
 
 LOOK_AHEAD = 8
 """How many of the inputs that are due next a batch is chosen from. More find closer lengths, and overtake more: with 16
-all-MiniLM-L6-v2 in int8 answered 2 to 4 % more texts, and the slowest hundredth waited a tenth to a fifth longer."""
+all-MiniLM-L6-v2 in int8 answered up to 4 % more texts, and the slowest hundredth waited a tenth to a fifth longer."""
 SAVED = 4
 """What an input saves that runs in a batch instead of alone, in tokens of work: the most padding that may come of it.
 On a CPU a run costs 3 to 10 tokens besides its own, and a batch of many is hardly faster per token."""

@@ -14,6 +14,7 @@ All are sums over real tokens or examples, so that they do not depend on how a b
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from effllm.errors import SettingError
-from effllm.train.devices import KERNEL_DEVICES
-from effllm.train.dropout import SequenceDropout
+from effllm.runtime.tokenizer import INPUTS
 
 CAPTURING = "effllm_capturing"
-"""The attention of models that are fine-tuned, see `register`."""
 COMPONENTS = ("logits", "hidden", "attention")
 EMBEDDING = "embedding"
 SPANS = ("start_logits", "end_logits")
@@ -46,62 +45,28 @@ class Seen:
     relations: Relations | None
 
 
-@dataclass
-class _Watch:
-    """What a model's attention shares, through its config, with whoever runs it: the last q, k and v, and who drops."""
-
-    dropout: SequenceDropout | None
-    captured: tuple[Any, ...] = ()
-
-
 def register() -> None:
-    """Make the capturing attention known to transformers.
-
-    It keeps the last layer's q, k and v. On a GPU with triton the kernels of effllm_kernels compute it wherever they
-    can say the mask. Elsewhere it is SDPA, which on a GPU makes a plan for every new shape, milliseconds each.
-    """
+    """Make the capturing attention known to transformers: SDPA that keeps the last layer's q, k and v."""
     AttentionInterface.register(CAPTURING, _capturing)
-    AttentionMaskInterface.register(CAPTURING, _mask)
-
-
-def _mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    if attention_mask is not None and attention_mask.device.type in KERNEL_DEVICES:
-        from effllm_kernels import hf  # noqa: PLC0415 (loads triton)
-
-        return hf.make_mask(attention_mask=attention_mask, **kwargs)
-    return sdpa_mask(attention_mask=attention_mask, **kwargs)
+    AttentionMaskInterface.register(CAPTURING, sdpa_mask)
 
 
 def _capturing(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-    watch = module.config.__dict__.get("effllm_watch")
-    if watch is not None:
-        watch.captured = (query, key, value)
-    if attention_mask is None or isinstance(attention_mask, torch.Tensor):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    from effllm_kernels import hf  # noqa: PLC0415
-
-    seed = watch.dropout.seeds() if watch is not None and watch.dropout is not None and kwargs.get("dropout") else None
-    return hf.attend(module, query, key, value, attention_mask, seed=seed, **kwargs)
+    captured = module.config.__dict__.get("effllm_captured")
+    if captured is not None:
+        captured[:] = [query, key, value]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def observe(
-    model: Any,
-    inputs: dict[str, torch.Tensor],
-    names: tuple[str, ...],
-    wanted: frozenset[str],
-    dropout: SequenceDropout | None = None,
-) -> Seen:
-    """Run a model and return its outputs of the given names and, where wanted, hidden states and relations.
-
-    `dropout` is the context that it runs in, for attention that drops by itself.
-    """
-    watch = _Watch(dropout)
-    model.config.__dict__["effllm_watch"] = watch
+def observe(model: Any, inputs: dict[str, torch.Tensor], names: tuple[str, ...], wanted: frozenset[str]) -> Seen:
+    """Run a model and return its outputs of the given names and, where wanted, hidden states and relations."""
+    captured: list[torch.Tensor] = []
+    model.config.__dict__["effllm_captured"] = captured
     try:
         output = model(**inputs, output_hidden_states="hidden" in wanted)
     finally:
-        del model.config.__dict__["effllm_watch"]
-    relations = (watch.captured[0], watch.captured[1], watch.captured[2]) if "attention" in wanted else None
+        del model.config.__dict__["effllm_captured"]
+    relations = (captured[0], captured[1], captured[2]) if "attention" in wanted else None
     hidden = tuple(output.hidden_states[1:]) if "hidden" in wanted else ()
     return Seen({name: output[name] for name in names}, hidden, relations)
 
@@ -126,16 +91,17 @@ class Distillation(nn.Module):
         self._temperature = temperature
         self._each_label = each_label
         self._heads = int(teacher.config.num_attention_heads)
+        self._takes = tuple(name for name in INPUTS if name in inspect.signature(teacher.forward).parameters)
         self._frozen = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module's parameters
         widths = student.config.hidden_size, teacher.config.hidden_size
         differ = "hidden" in components and widths[0] != widths[1]
         self.widen = nn.Linear(*widths, bias=False) if differ else nn.Identity()
 
     def teach(self, inputs: dict[str, torch.Tensor], names: tuple[str, ...]) -> Seen:
-        """Return what the teacher shows on a batch."""
+        """Return what the teacher shows on a batch, of whose `inputs` it takes those that it knows."""
         teacher = self._frozen[0].to(inputs["input_ids"].device)
         with torch.no_grad():
-            return observe(teacher, inputs, names, frozenset(self.components))
+            return observe(teacher, {name: inputs[name] for name in self._takes}, names, frozenset(self.components))
 
     def forward(self, student: Seen, teacher: Seen, mask: torch.Tensor, logits_mask: torch.Tensor) -> torch.Tensor:
         """Return the sums (components,), float32.

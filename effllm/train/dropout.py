@@ -56,14 +56,22 @@ def rates(config: Mapping[str, Any]) -> dict[str, float]:
 
 def sequence_dropout(
     keys: Tensor | None, positions: Tensor | None = None, sequence_index: Tensor | None = None
-) -> contextlib.AbstractContextManager[Any]:
-    """Return `SequenceDropout`, or without keys a context that changes nothing.
+) -> SequenceDropout | None:
+    """Return `SequenceDropout`, or None without keys.
 
     `sequence_index` (n, S) holds the places of the sequences in a packed row, -1 where one has ended.
     """
     if keys is None:
-        return contextlib.nullcontext()
+        return None
     return SequenceDropout(keys, positions, None if sequence_index is None else (sequence_index >= 0).sum(1))
+
+
+def within(dropout: SequenceDropout | None) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of a dropout, or one that changes nothing.
+
+    What a `with` statement binds by `as` is None in compiled code, so dropout that is used inside is made before.
+    """
+    return contextlib.nullcontext() if dropout is None else dropout
 
 
 class SequenceDropout(TorchFunctionMode):

@@ -17,7 +17,7 @@ from torch.nn import functional
 from effllm.data.samples import OBJECTIVES
 from effllm.errors import SettingError, Unsupported
 from effllm.train.attention import Pick
-from effllm.train.dropout import rates, sequence_dropout
+from effllm.train.dropout import rates, sequence_dropout, within
 
 IGNORED = -100
 PAIR_MODELS = ("bert",)
@@ -81,7 +81,8 @@ class MaskedLanguageModel(nn.Module):
         if self._segments:
             inputs["token_type_ids"] = type_ids[None]
         keys = dropout_keys if self._drops and self.training else None
-        with sequence_dropout(keys, position_ids, sequence_index) as dropout:
+        dropout = sequence_dropout(keys, position_ids, sequence_index)
+        with within(dropout):
             output = self.model(**inputs, sequence_dropout=dropout)
         masked = output.logits[0] if len(self.components) == 1 else output.prediction_logits[0]
         sums = [_cross_entropy(masked, labels)]

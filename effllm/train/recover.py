@@ -19,7 +19,7 @@ from effllm.train.distil import CAPTURING, register
 from effllm.train.loop import StepRecord
 from effllm.train.run import Evaluation, Run, make_accelerator, train
 from effllm.train.settings import FinetuneSettings
-from effllm.train.supervised import Item, Passes, SupervisedModel, SupervisedSource, make_items
+from effllm.train.supervised import PASSES, Item, Passes, SupervisedModel, SupervisedSource, make_items
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,19 @@ def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) 
 
     While it runs the model is in train mode (`dropout=0`: in eval mode) and on the GPU where there is one; afterwards
     back where it was. With a weight on the labels every example needs its reference answer. `work` is a scratch folder.
+    On a GPU passes are as on a CPU where the outputs are a vocabulary for each token, which fill memory fast.
     Raises TrainingStopped when a loss is not finite, SettingError when memory runs out.
     """
+    accelerator = make_accelerator(settings)
+    budget = settings.pass_tokens or (PASSES["cpu"].budget if lesson.task.name == "fill-mask" else 0)
+    passes = Passes.on(accelerator.device, budget)
+    settings = dataclasses.replace(settings, pass_tokens=passes.budget)
     register()
     torch.manual_seed(settings.seed)
     attention, device = model.config._attn_implementation, next(model.parameters()).device
     model.set_attn_implementation(CAPTURING)
     if lesson.teacher is not None:
         lesson.teacher.set_attn_implementation(CAPTURING)
-    accelerator = make_accelerator(settings)
-    passes = Passes.on(accelerator.device, settings.pass_tokens)
-    settings = dataclasses.replace(settings, pass_tokens=passes.budget)
     module = SupervisedModel(model, lesson.task, lesson.head, settings, lesson.teacher, lesson.teacher_pooling)
     items = _items(lesson, with_labels="label" in module.components)
     run = Run(

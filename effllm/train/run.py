@@ -137,24 +137,25 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
     except TrainingStopped as error:
         raise TrainingStopped(f"{error}; {keeper.last_good()}") from None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise SettingError(f"{_out_of_memory(s, error)}; {keeper.last_good()}") from None
+        raise SettingError(_out_of_memory(run, error, keeper)) from None
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise SettingError(f"{_out_of_memory(s, error)}; {keeper.last_good()}") from None
+        raise SettingError(_out_of_memory(run, error, keeper)) from None
     finally:
         if runlog:
             runlog.close()
 
 
-def _out_of_memory(settings: LoopSettings, error: BaseException) -> str:
+def _out_of_memory(run: Run, error: BaseException, keeper: _Keeper) -> str:
+    settings, what = run.settings, f"out of memory ({first_line(error)})"
+    same = "half as much is in memory at a time, and the result is the same up to rounding"
     smaller = f"double --accumulate (now {settings.accumulate})"
     if isinstance(settings, FinetuneSettings):
+        if not run.checkpoints:  # a method of a compression
+            return f"{what}; give the method pass_tokens={max(1, settings.pass_tokens // 2)}: {same}"
         smaller = f"halve --pass-tokens (now {settings.pass_tokens})"
-    return (
-        f"out of memory ({first_line(error)}); go on with --resume and {smaller}: half as much is in memory at a time, "
-        "and the result is the same up to rounding"
-    )
+    return f"{what}; go on with --resume and {smaller}: {same}; {keeper.last_good()}"
 
 
 def write_model(run: Run, folder: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -120,7 +120,7 @@ class FinetuneSettings(LoopSettings):
     pass_tokens: int = field(
         default=0,
         metadata={
-            "help": "padded tokens in memory at a time, 0 = 1024, on a GPU 16384; changes results by rounding only"
+            "help": "padded tokens in memory at a time, 0 = 1024, on a GPU 8192; changes results by rounding only"
         },
     )
     max_length: int = field(

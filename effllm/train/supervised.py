@@ -26,7 +26,7 @@ from effllm.tasks import Example, Head, Task
 from effllm.tasks.task import IGNORED
 from effllm.tasks.text_classification import gives_each_label
 from effllm.train.distil import COMPONENTS, EMBEDDING, Distillation, Seen, observe
-from effllm.train.dropout import rates, sequence_dropout
+from effllm.train.dropout import rates, sequence_dropout, within
 from effllm.train.loop import MicroBatch
 from effllm.train.losses import LOSSES
 from effllm.train.settings import FinetuneSettings
@@ -51,10 +51,10 @@ class Passes:
         return cls(budget or own.budget, own.cost)
 
 
-PASSES = {"cpu": Passes(1024, 64), "cuda": Passes(16_384, 16_384)}
+PASSES = {"cpu": Passes(1024, 64), "cuda": Passes(8192, 16_384)}
 """On a CPU gradients of all weights are added up once more in each pass: with six layers of 384 and 30,522 embeddings
 in 30 ms, where a token takes 0.7. A GPU waits for the host: with twelve layers of 768, some 40 ms on an H100, in which
-it could compute this many tokens."""
+it could compute as many tokens as a pass costs; the budget is what has room on smaller ones, with dropout too."""
 
 
 @dataclass(frozen=True)
@@ -250,14 +250,14 @@ class SupervisedModel(nn.Module):
         targets = {name: target for name, target in known.items() if target is not None}
         mask = attention_mask == 1
         wanted = frozenset(self.distillation.components if self.distillation else ())
-        with sequence_dropout(dropout_keys if self._drops and self.model.training else None) as dropout:
-            seen = observe(self.model, inputs, self._task.outputs, wanted, dropout)
+        with within(sequence_dropout(dropout_keys if self._drops and self.model.training else None)):
+            seen = observe(self.model, inputs, self._task.outputs, wanted)
         seen = self._embedded(seen, mask, self._head.pooling)
         sums = []
         if "label" in self.components:
             sums.append(LOSSES[self._task.name](seen.outputs, targets, mask)[0][None])
         if self.distillation:
-            teacher = self.distillation.teach(inputs, self._task.outputs)
+            teacher = self.distillation.teach(given, self._task.outputs)
             teacher = self._embedded(teacher, mask, self._teacher_pooling)
             rows = mask if self._task.name in PER_TOKEN else mask.any(dim=1)
             sums.append(self.distillation(seen, teacher, mask, rows))

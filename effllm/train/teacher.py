@@ -16,10 +16,13 @@ def check_teacher(teacher: ModelFolder, student: ModelFolder, task: Task, head: 
     several = teacher.config.get("problem_type") == MULTI_LABEL
     if task.name == "text-classification" and several != gives_each_label(task, head):
         what = ("any number of labels", "one") if several else ("one label", "any number")
-        raise SettingError(f"the teacher {teacher.path} gives a text {what[0]}, the model is to give it {what[1]}")
+        raise SettingError(f"the teacher {teacher.path} gives a text {what[0]}, here it is given {what[1]}")
     labels = tuple(teacher.labels) if head.labels else ()
     if labels != tuple(head.labels):
-        raise SettingError(f"the teacher's labels ({', '.join(labels)}) are not the model's ({', '.join(head.labels)})")
+        raise SettingError(
+            f"the teacher's labels ({', '.join(labels)}) are not those to learn ({', '.join(head.labels)}), in order; "
+            f"the teacher is {teacher.path}"
+        )
     if TextTokenizer.open(teacher).vocabulary() != TextTokenizer.open(student).vocabulary():
         raise SettingError(f"the teacher {teacher.path} has another tokenizer than {student.path}")
 
@@ -29,10 +32,11 @@ def check_shapes(teacher: Any, width: int, task: Task, *, logits: bool, attentio
     heads = teacher.num_attention_heads
     if attention and width % heads:
         raise SettingError(
-            f"attention relations: a width of {width} cannot be split over the teacher's {heads} heads; leave them out"
+            f"a width of {width} cannot be split over the teacher's {heads} heads, by which attention is distilled; give "
+            "it no weight"
         )
-    if task.name == "sentence-similarity" and logits and width != teacher.hidden_size:
+    if task.outputs == ("last_hidden_state",) and logits and width != teacher.hidden_size:
         raise SettingError(
             f"logits stand for embeddings, and the teacher's have {teacher.hidden_size} dimensions where the model's "
-            f"have {width}; distil hidden states instead, with a weight of 0 on logits"
+            f"have {width}; distil hidden states instead, and give logits no weight"
         )

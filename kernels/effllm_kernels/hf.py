@@ -65,11 +65,11 @@ class Pattern(NamedTuple):
 
 def register(name: str = "effllm") -> None:
     """Make `attn_implementation=name` known to transformers. Calling it again changes nothing."""
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, make_mask)
+    AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(name, _mask)
 
 
-def make_mask(
+def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -168,7 +168,7 @@ def _starts(sequences: Tensor) -> Tensor:
     return torch.cat([first, first.new_full((1,), sequences.numel())]).to(torch.int32)
 
 
-def attend(
+def _attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -184,13 +184,11 @@ def attend(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
-    seed: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Return ((B, S_q, H, D), None) of query (B, H, S_q, D), key and value (B, H_k, S_k, D).
 
-    `attention_mask` is what `make_mask` returned. `seed` int64 (B,) decides what each sequence drops; without it, it is
-    drawn. Raises ValueError naming what the kernels do not cover.
+    Raises ValueError naming what the kernels do not cover.
     """
     for name, what in NOT_COVERED.items():
         if others.get(name) is not None and others[name] is not False:
@@ -207,7 +205,7 @@ def attend(
         out = attention(
             q, k, v, key_mask=mask.key_mask, key_lengths=mask.key_lengths, query_mask=mask.query_mask,
             query_lengths=mask.query_lengths, bias=bias, window=(mask.left, mask.right), dropout_p=dropout,
-            scale=scaling, softcap=softcap, seed=seed,
+            scale=scaling, softcap=softcap,
         )  # fmt: skip
         return out, None
     if mask.key_mask is not None or bias is not None:
@@ -217,7 +215,7 @@ def attend(
     starts_q, starts_k, longest_q, longest_k = cast("tuple[Tensor, Tensor, int, int]", starts)
     out = flash_attn_varlen_func(
         rows, keys, values, starts_q, starts_k, longest_q, longest_k,
-        dropout_p=dropout, softmax_scale=scaling, window_size=sides, softcap=softcap or 0.0, seed=seed,
+        dropout_p=dropout, softmax_scale=scaling, window_size=sides, softcap=softcap or 0.0,
     )  # fmt: skip
     return out.view(q.shape), None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -42,6 +44,7 @@ def keep(starts: Tensor, columns: int, rate: int) -> Tensor:
     rows, (per_program, wide) = starts.numel(), TILE
     if out.numel():
         grid = (triton.cdiv(rows, per_program), triton.cdiv(groups, wide))
-        keep_kernel[grid](starts, out, rows, groups, rate, per_program, wide)
+        with torch.cuda.device(starts.device) if starts.is_cuda else contextlib.nullcontext():
+            keep_kernel[grid](starts, out, rows, groups, rate, per_program, wide)
     kept = out.view(torch.bool)
     return kept if columns == 4 * groups else kept[..., :columns].contiguous()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
 import pytest
+import torch
+import transformers
 from conftest import make_model
 
 from effllm.compression import parse_method
 from effllm.compression.pipeline import compress
 from effllm.data.english import english_sentences
 from effllm.errors import SettingError
+from effllm.folder import open_folder
+from effllm.hf import load_trained
+from effllm.train.distil import Distillation
 from effllm.variant import Variant, weights_digest
 
 DISTIL = "distil:steps=6,batch_size=4,attention=1"
@@ -57,9 +63,8 @@ def test_a_teacher_without_anyone_to_teach_is_refused(classifier, tmp_path, give
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id2label": {"0": "no", "1": "so", "2": "yes"}}, "labels .no, so, yes. are not the model"),
-        ({"problem_type": "multi_label_classification"}, "any number of labels, the model is to give it one"),
-        ({"num_attention_heads": 3}, "cannot be split over the teacher's 3 heads"),
+        ({"id2label": {"0": "no", "1": "so", "2": "yes"}}, "labels .no, so, yes. are not those to learn"),
+        ({"problem_type": "multi_label_classification"}, "any number of labels, here it is given one"),
     ],
 )
 def test_what_cannot_teach_is_refused_before_any_work(classifier, tmp_path, given, change, message):
@@ -75,3 +80,36 @@ def test_a_teacher_with_other_tokens_is_refused(classifier, tmp_path, given):
     teacher = make_model(tmp_path / "teacher", "roberta")
     with pytest.raises(SettingError, match="has another tokenizer"):
         compress(classifier, tmp_path / "out", method=methods(DISTIL), teacher=teacher, **given)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("distil", "the teacher's have 48 dimensions where the model's have 32"),
+        ("distil:logits=0,attention=1", "a width of 32 cannot be split over the teacher's 3 heads"),
+        ("distil:logits=0,steps=2", ""),
+    ],
+)
+def test_a_wider_teacher_of_embeddings_teaches_hidden_states_alone(tmp_path, given, spec, message):
+    student = make_model(tmp_path / "student", "bert", "feature-extraction")
+    teacher = shutil.copytree(student, tmp_path / "teacher")
+    config = transformers.AutoConfig.from_pretrained(student)
+    config.update({"hidden_size": 48, "num_attention_heads": 3})
+    transformers.AutoModel.from_config(config).save_pretrained(teacher)
+    del given["dev"]
+    with pytest.raises(SettingError, match=message) if message else contextlib.nullcontext():
+        compress(student, tmp_path / "out", method=methods(spec), teacher=teacher, **given)
+    assert (tmp_path / "out").exists() != bool(message)
+
+
+def test_a_teacher_of_another_architecture_gets_the_inputs_that_it_knows(tmp_path):
+    models = [
+        load_trained(open_folder(make_model(tmp_path / kind, kind)), "AutoModelForSequenceClassification")
+        for kind in ("distilbert", "bert")
+    ]
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    inputs["token_type_ids"] = torch.tensor([[0, 0, 1, 1]])
+    for teacher in models:
+        seen = Distillation(teacher, models[0], ("logits",), 2.0).teach(inputs, ("logits",)).outputs["logits"]
+        known = {k: v for k, v in inputs.items() if k != "token_type_ids" or teacher is models[1]}
+        assert torch.equal(seen, teacher(**known).logits)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from effllm.train import attention
 from effllm.train.pretrain import pretrain
 from effllm.train.runlog import read_log
 from effllm.train.settings import PretrainSettings
@@ -32,6 +33,12 @@ def settings(**changes) -> PretrainSettings:
 
 def finish(tokens: Path, out: Path, resume: bool = False, **changes) -> list:
     return list(pretrain(tokens, out, settings(**changes), resume=resume))
+
+
+def run_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let training call the kernels on the CPU too, as on a GPU; there their references run, which they equal."""
+    monkeypatch.setattr(pytest.importorskip("effllm_kernels.operators"), "runs_kernels", lambda x: x.is_cuda)
+    monkeypatch.setattr(attention, "KERNEL_DEVICES", ("cpu", "cuda"))
 
 
 def trace(run: Path) -> dict[int, tuple[float, float]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +11,14 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, make_config, make_model
-from runs import assert_same_run, assert_same_trace, finish, settings
-from test_finetune import classified, run, tagged, write_jsonl
+from runs import assert_same_run, assert_same_trace, finish, run_references, settings
+from test_finetune import run, tagged, write_jsonl
 from torch.nn import functional
 
 from effllm.data.draws import DROPOUT, draw, mix, stream_keys
 from effllm.data.vocabulary import Vocabulary
 from effllm.runtime.tokenizer import Encoding, TextTokenizer
-from effllm.train import attention, distil, dropout
+from effllm.train import dropout
 from effllm.train.attention import NAME, register, sequence_index
 from effllm.train.dropout import SequenceDropout
 from effllm.train.loop import to_tensors
@@ -219,13 +217,6 @@ def test_pretraining_with_dropout_does_not_depend_on_accumulation_or_workers(
     assert_same_run(tmp_path / "workers", tmp_path / "whole")
 
 
-def run_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let training call the kernels on the CPU too, where their references run, which they equal."""
-    monkeypatch.setattr(pytest.importorskip("effllm_kernels.operators"), "runs_kernels", lambda x: x.is_cuda)
-    for module in (attention, distil):
-        monkeypatch.setattr(module, "KERNEL_DEVICES", ("cpu", "cuda"))
-
-
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_in_the_kernels_it_does_not_depend_on_the_batch_either(
     tokens: Path, dropping_config: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
@@ -257,12 +248,7 @@ def test_an_example_has_its_key_whatever_batch_it_is_in() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
-@pytest.mark.parametrize("kernels", [False, True])
-def test_fine_tuning_with_dropout_does_not_depend_on_its_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kernels: bool
-) -> None:
-    if kernels:
-        run_references(monkeypatch)
+def test_fine_tuning_with_dropout_does_not_depend_on_its_passes(tmp_path: Path, architecture: str) -> None:
     task, file = "token-classification", write_jsonl(tmp_path / "data.jsonl", tagged())
     base = make_model(tmp_path / "base", architecture, "feature-extraction")
     found = []
@@ -272,25 +258,3 @@ def test_fine_tuning_with_dropout_does_not_depend_on_its_passes(
         found.append([(step.record.loss, step.record.gradient_norm) for step in steps])
     for few, many in zip(*found, strict=True):
         assert few == pytest.approx(many, rel=1e-4)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fine_tuning_goes_through_the_kernels_with_the_losses_of_sdpa(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
-) -> None:
-    calls, task, file = [], "text-classification", write_jsonl(tmp_path / "data.jsonl", classified())
-    base, teacher, found = make_model(tmp_path / "base", architecture), tmp_path / "teacher", []
-    run(base, teacher, task, file)
-    for number in range(2):
-        monkeypatch.setattr(distil, "KERNEL_DEVICES", ())
-        if number:
-            run_references(monkeypatch)
-            hf = importlib.import_module("effllm_kernels.hf")
-            counted = functools.partial(lambda attend, *a, **k: (calls.append(1), attend(*a, **k))[1], hf.attend)
-            monkeypatch.setattr(hf, "attend", counted)
-        chosen = {"dropout": 0.0, "precision": "fp32", "steps": 4, "epsilon": 1e-4, "distil_attention": 1.0}
-        steps = run(base, tmp_path / str(number), task, file, settings=chosen, teacher=teacher)
-        found.append([(step.record.loss, step.record.gradient_norm) for step in steps])
-    for ours, sdpa in zip(*found, strict=True):
-        assert ours == pytest.approx(sdpa, rel=1e-4)
-    assert calls
