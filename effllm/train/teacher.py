@@ -32,8 +32,8 @@ def check_shapes(teacher: Any, width: int, task: Task, *, logits: bool, attentio
     heads = teacher.num_attention_heads
     if attention and width % heads:
         raise SettingError(
-            f"a width of {width} cannot be split over the teacher's {heads} heads, by which attention is distilled; give "
-            "it no weight"
+            f"a width of {width} cannot be split over the teacher's {heads} heads, by which attention is distilled; "
+            "give it no weight"
         )
     if task.outputs == ("last_hidden_state",) and logits and width != teacher.hidden_size:
         raise SettingError(
