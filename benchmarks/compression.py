@@ -35,10 +35,9 @@ from effllm.runtime.predictor import Predictor
 from effllm.variant import Variant, is_variant
 
 RESULTS = Path(__file__).parent / "results"
-DISTIL = "distil:learning_rate=2e-4,seed={seed}"
-"""One pass over the training set."""
+DISTIL = "distil:precision=bf16,dropout=true,seed={seed}"
+"""One pass over the training set, with the model's dropout, as it was when these rows were measured."""
 SHORT_DISTIL = "distil:precision=bf16,steps=600,dropout=true,seed={seed}"
-"""With the model's dropout, as it was when the rows of zeros were measured."""
 
 
 @dataclass(frozen=True)
