@@ -318,9 +318,10 @@ def load_folder(
 ) -> tuple[Any, dict[str, Any]]:
     """Return a checked folder's model and what transformers reports of its keys; weights that are missing are random.
 
-    `attention` names an implementation; `settings` replace values of the config; with `new_head` weights of other
-    sizes than the model's are drawn anew. Raises Unsupported for a model that another tool quantised, unless `coded`,
-    or that needs a package which is not installed, ArtifactError when transformers cannot load the folder.
+    `attention` names an implementation, for models that take one (`takes_attention`; others keep their own); `settings`
+    replace values of the config; with `new_head` weights of other sizes than the model's are drawn anew. Raises
+    Unsupported for a model that another tool quantised, unless `coded`, or that needs a package which is not installed,
+    ArtifactError when transformers cannot load the folder.
     """
     method = (folder.config.get("quantization_config") or {}).get("quant_method", METHOD)
     if method != METHOD and not coded:
@@ -342,7 +343,18 @@ def load_folder(
         raise Unsupported(f"{folder.path} needs a package that is not installed: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {first_line(error)}") from error
+    if attention and not takes_attention(model):
+        model.config._attn_implementation = "eager"  # the kind of mask goes by this name
     return model, info
+
+
+def takes_attention(model: Any) -> bool:
+    """Return whether a model's attention is what its `attn_implementation` names; MPNet's and DeBERTa's is their own.
+
+    transformers takes any registered name for all models, and gives them the mask that goes with it.
+    """
+    takes: bool = model._can_set_attn_implementation()
+    return takes
 
 
 @contextlib.contextmanager

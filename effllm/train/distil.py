@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from effllm.errors import SettingError
+from effllm.errors import SettingError, Unsupported
 from effllm.runtime.tokenizer import INPUTS
 
 CAPTURING = "effllm_capturing"
@@ -66,6 +66,8 @@ def observe(model: Any, inputs: dict[str, torch.Tensor], names: tuple[str, ...],
         output = model(**inputs, output_hidden_states="hidden" in wanted)
     finally:
         del model.config.__dict__["effllm_captured"]
+    if "attention" in wanted and not captured:
+        raise Unsupported(f"a {model.config.model_type} model does not show its attention; distil without that")
     relations = (captured[0], captured[1], captured[2]) if "attention" in wanted else None
     hidden = tuple(output.hidden_states[1:]) if "hidden" in wanted else ()
     return Seen({name: output[name] for name in names}, hidden, relations)

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from effllm.data.vocabulary import Vocabulary
-from effllm.errors import ArtifactError, SettingError, first_line, unknown_name
+from effllm.errors import ArtifactError, SettingError, Unsupported, first_line, unknown_name
 from effllm.folder import find, open_folder
-from effllm.hf import quiet
+from effllm.hf import quiet, takes_attention
 from effllm.train.attention import NAME, register
 from effllm.train.objectives import check_objective, position_offset
 
@@ -38,6 +38,11 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
             model = auto.from_config(config, attn_implementation=NAME)
         else:
             model = _from_folder(name, auto, objective)
+    if not takes_attention(model):
+        raise Unsupported(
+            f"{name} is a {model.config.model_type} model, whose attention cannot be kept within packed sequences; "
+            "models with transformers' attention interface can be pre-trained, such as BERT, RoBERTa and ModernBERT"
+        )
     _check_fit(name, model, vocabulary, max_length)
     return model
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from effllm.hf import takes_attention
 from effllm.runtime.tokenizer import TextTokenizer
 from effllm.tasks import Example, Head, Task
 from effllm.train.distil import CAPTURING, register
@@ -53,9 +54,9 @@ def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) 
     register()
     torch.manual_seed(settings.seed)
     attention, device = model.config._attn_implementation, next(model.parameters()).device
-    model.set_attn_implementation(CAPTURING)
-    if lesson.teacher is not None:
-        lesson.teacher.set_attn_implementation(CAPTURING)
+    for one in (model, lesson.teacher):
+        if one is not None and takes_attention(one):
+            one.set_attn_implementation(CAPTURING)
     module = SupervisedModel(model, lesson.task, lesson.head, settings, lesson.teacher, lesson.teacher_pooling)
     items = _items(lesson, with_labels="label" in module.components)
     run = Run(
@@ -72,7 +73,8 @@ def retrain(model: Any, lesson: Lesson, settings: FinetuneSettings, work: Path) 
     try:
         yield from train(run, accelerator, None)
     finally:
-        model.set_attn_implementation(attention)
+        if takes_attention(model):
+            model.set_attn_implementation(attention)
         model.to(device).eval()
 
 

@@ -6,9 +6,10 @@ only for patterns that these cannot say, and then added as a bias. Needs the pac
 effllm_kernels imports.
 
 What differs from eager attention: an encoder's padded rows are not computed and give zeros, and so does a row that sees
-no key, where eager averages over what is masked. No weights are returned. Models that do not use the interface
-(DeBERTa-v2, MPNet) take the name and keep their own attention. Rotary models hand over q and k already rotated: the
-kernels' own rotary embedding (`rotary_cos` of `attention`) is for modules that call `attention` themselves.
+no key, where eager averages over what is masked. No weights are returned. Models that do not use the interface cannot
+take the name: they keep their own attention (DeBERTa-v2), or fail on the mask (MPNet). Rotary models hand over q and k
+already rotated: the kernels' own rotary embedding (`rotary_cos` of `attention`) is for modules that call `attention`
+themselves.
 """
 
 from __future__ import annotations
