@@ -22,6 +22,8 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 Algorithm = Literal["gptq", "rtn"]
 Order = Literal["activation", "columns"]
 DAMPING = 0.01
+RIDGE = 0.1
+"""How strongly a weight is held where it was while it makes up for drift, as a share of the gram's mean diagonal."""
 BLOCK = 128
 """Columns that are finished before the rest of the matrix is updated (section 3.3, step 2): memory is read less."""
 
@@ -107,6 +109,21 @@ def round_to_nearest(weight: torch.Tensor, gram: torch.Tensor, group_size: int, 
     return Coded(codes.flatten(1).to(torch.uint8), scales, zeros)
 
 
+def make_up(weight: torch.Tensor, gram: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+    """Return the weight, float32 (N, K), that makes of inputs x̂ what W makes of x, as nearly as one can.
+
+    x̂ is what quantised layers before make of x; `gram` is the sum of x̂ x̂ᵀ and `drift` that of (x - x̂) x̂ᵀ, both
+    (K, K). Li et al. 2025, "GPTAQ: efficient finetuning-free quantization for asymmetric calibration", quantise for
+    ‖W X - Ŵ X̂‖ as well; here its minimum over weights that are not rounded is found first, with a ridge that holds them
+    near W: W + W D (G + λI)⁻¹.
+    """
+    ridge = RIDGE * float(gram.diagonal().double().mean())
+    if not ridge:
+        return weight.float()
+    hessian = gram.double() + ridge * torch.eye(len(gram), dtype=torch.float64)
+    return (weight.double() + torch.linalg.solve(hessian, weight.double() @ drift.double(), left=False)).float()
+
+
 def gptq(
     weight: torch.Tensor,
     gram: torch.Tensor,
@@ -114,21 +131,25 @@ def gptq(
     *,
     symmetric: bool,
     order: Order = "activation",
+    alive: torch.Tensor | None = None,
 ) -> Coded:
     """Return codes of W (N, K) that move the products W x least, for inputs whose sum of x xᵀ is `gram` (K, K).
 
     Frantar et al. 2022, algorithm 1, written from the paper: columns are rounded one by one, and each one's error is
     taken out of those to come, along the rows of the upper Cholesky factor of the damped inverse Hessian. Grids are
     chosen before, from the weights as they are, so that columns may be taken in any order: with `activation`, those
-    with the largest inputs first. Weights that are zero are rounded to zero, whatever they should have made up for.
-    An input that never fires has no say, and its weights are rounded to nearest.
+    with the largest inputs first. Weights that are not `alive`, bool (N, K), are rounded to zero, whatever they should
+    have made up for; where it is not given those that are zero. An input that never fires has no say, and its weights
+    are rounded to nearest.
     """
-    scales, zeros = choose_grids(weight, gram.diagonal(), group_size, symmetric=symmetric)
+    if alive is None:
+        alive = weight != 0
+    scales, zeros = choose_grids(torch.where(alive, weight, 0), gram.diagonal(), group_size, symmetric=symmetric)
     diagonal = gram.diagonal()
     taken = diagonal.argsort(descending=True, stable=True) if order == "activation" else torch.arange(len(diagonal))
     factor = _inverse_factor(gram[taken][:, taken])
     rest = weight.float()[:, taken].T.contiguous()  # a column of W is a row here, so that it lies together in memory
-    alive = rest != 0
+    alive = alive[:, taken].T
     groups = taken // group_size
     scale, zero = scales.T[groups], zeros.float().T[groups]
     codes = torch.empty_like(rest)
@@ -164,9 +185,23 @@ def relative_error(weight: torch.Tensor, coded: Coded, gram: torch.Tensor) -> fl
 
 
 def choose_codes(
-    algorithm: Algorithm, weight: torch.Tensor, gram: torch.Tensor, group_size: int, *, symmetric: bool, order: Order
-) -> Coded:
-    """Return the codes of W (N, K) by `gptq` or, with `rtn`, by rounding each weight to nearest."""
+    algorithm: Algorithm,
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    group_size: int,
+    *,
+    symmetric: bool,
+    order: Order,
+    drift: torch.Tensor | None = None,
+) -> tuple[Coded, float]:
+    """Return the codes of W (N, K), and the relative error of rounding.
+
+    With `gptq` the codes are those of the weight that makes up for the `drift` of its inputs; with `rtn` each weight is
+    rounded to nearest.
+    """
     if algorithm == "rtn":
-        return round_to_nearest(weight, gram, group_size, symmetric=symmetric)
-    return gptq(weight, gram, group_size, symmetric=symmetric, order=order)
+        coded = round_to_nearest(weight, gram, group_size, symmetric=symmetric)
+        return coded, relative_error(weight, coded, gram)
+    wanted = weight if drift is None else make_up(weight, gram, drift)
+    coded = gptq(wanted, gram, group_size, symmetric=symmetric, order=order, alive=weight != 0)
+    return coded, relative_error(wanted, coded, gram)

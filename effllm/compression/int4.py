@@ -1,13 +1,15 @@
 """int4: the weights of the encoder's linear layers in 4 bits, for ONNX Runtime's `MatMulNBits`.
 
-Activations stay float32, so answers do not depend on their batch. Codes are chosen by GPTQ (Frantar et al. 2022) from
-what enters each layer of the float32 graph on the calibration texts, or by rounding to nearest. The file is small; the
-codes are expanded again for every product, so that on a CPU the model is rarely faster than int8.
+Activations stay float32, so answers do not depend on their batch. Codes are chosen by GPTQ (Frantar et al. 2022), one
+group of layers after another on what enters it behind those coded before, whose error it makes up for (Li et al. 2025),
+or by rounding to nearest. The file is small; the codes are expanded again for every product, so that on a CPU the model
+is rarely faster than int8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +18,7 @@ import numpy as np
 import onnx
 import torch
 
+from effllm.compression.drift import Drift, code_in_order
 from effllm.compression.gptq import (
     Algorithm,
     Coded,
@@ -23,18 +26,19 @@ from effllm.compression.gptq import (
     check_group_size,
     check_groups,
     choose_codes,
-    relative_error,
 )
 from effllm.compression.int4_graph import quantize_int4
 from effllm.compression.int8_graph import Linears, find_linears, quantize_embeddings
 from effllm.compression.method import GraphJob, Result, Stage, check_calibration
 from effllm.compression.trials import latencies, latency_rows, try_out
-from effllm.compression.walk import grams
 from effllm.errors import CheckFailed, GateFailed
 from effllm.exporters.graph import Graph, module_of, save_graph
 from effllm.measure.statistics import ratio_of_medians
+from effllm.runtime.tokenizer import Encoding
 
 FILE_NAME = "onnx/model_q4.onnx"
+TOKENS = 65_536
+"""Calibration tokens that are used at most: what is alive in the graph is kept for each, 30 kB at a width of 768."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Int4:
         default="float32", metadata={"help": "how products are computed; int8 rounds activations per token and group"}
     )
     embeddings: bool = field(default=True, metadata={"help": "store embedding tables in int8, one scale per row"})
-    calibration: int = field(default=500, metadata={"help": "how many calibration texts to use"})
+    calibration: int = field(
+        default=2000, metadata={"help": f"how many calibration texts to use, of at most {TOKENS:,} tokens together"}
+    )
     seed: int = field(default=0, metadata={"help": "chooses the calibration texts"})
 
     def __post_init__(self) -> None:
@@ -97,17 +103,34 @@ class Int4:
         self, job: GraphJob, graph: Graph, groups: list[Linears]
     ) -> tuple[dict[str, Coded], dict[str, dict[str, float]]]:
         """Return the codes of each linear layer by its node's name, and its error by its module."""
-        encodings = job.encodings()
-        inputs = [group.input for group in groups]
-        seen = grams(graph.model, inputs, encodings, job.work, threads=job.threads, track=job.track)
         coded: dict[str, Coded] = {}
         layers: dict[str, dict[str, float]] = {}
-        for group in job.track(groups, "quantising", len(groups)):
-            gram = torch.from_numpy(seen.pop(group.input))
+
+        def code(group: Linears, seen: Drift) -> dict[str, np.ndarray]:
             for n in group.nodes:
                 weight = torch.from_numpy(np.ascontiguousarray(graph.constant(n.input[1]).T))
-                coded[n.name] = code = choose_codes(
-                    self.algorithm, weight, gram, self.group_size, symmetric=self.symmetric, order=self.order
+                coded[n.name], error = choose_codes(
+                    self.algorithm,
+                    weight,
+                    seen.gram,
+                    self.group_size,
+                    symmetric=self.symmetric,
+                    order=self.order,
+                    drift=seen.drift,
                 )
-                layers[module_of(n)] = {"relative_error": relative_error(weight, code, gram)}
+                layers[module_of(n)] = {"relative_error": error}
+            return {n.name: coded[n.name].values().T.numpy() for n in group.nodes}
+
+        encodings = within(job.encodings(), TOKENS)
+        code_in_order(graph, groups, encodings, job.work, code, threads=job.threads, track=job.track)
         return coded, layers
+
+
+def within(encodings: Sequence[Encoding], tokens: int) -> list[Encoding]:
+    """Return the first inputs that have so many tokens together, at least one."""
+    ends = itertools.accumulate(len(encoding) for encoding in encodings)
+    return [
+        encoding
+        for index, (encoding, end) in enumerate(zip(encodings, ends, strict=True))
+        if not index or end <= tokens
+    ]

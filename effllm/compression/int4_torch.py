@@ -21,7 +21,7 @@ from effllm.compression.codes import (
     outer_linears,
     replace_weights,
 )
-from effllm.compression.gptq import Algorithm, Order, check_group_size, check_groups, choose_codes, relative_error
+from effllm.compression.gptq import Algorithm, Order, check_group_size, check_groups, choose_codes
 from effllm.compression.layers import linears
 from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 
@@ -73,8 +73,8 @@ class Int4Torch:
         chosen = linears(job.model)
         for name, linear in job.track(chosen.items(), "quantising", len(chosen)):
             weight, gram = linear.weight.detach(), moments.pop(name).gram
-            coded = choose_codes(self.algorithm, weight, gram, self.group_size, symmetric=True, order=self.order)
-            layers[name] = {"relative_error": relative_error(weight, coded, gram)}
+            coded, error = choose_codes(self.algorithm, weight, gram, self.group_size, symmetric=True, order=self.order)
+            layers[name] = {"relative_error": error}
             tensors[names[id(linear)]] = {
                 "weight_packed": pack_int32(coded.codes),
                 "weight_scale": coded.scales,

@@ -60,24 +60,6 @@ def observe(
     return {value: Observed(np.concatenate(kept[value]), low[value], high[value]) for value in values}
 
 
-def grams(
-    model: onnx.ModelProto,
-    values: Sequence[str],
-    encodings: Sequence[Encoding],
-    work: Path,
-    *,
-    threads: int,
-    track: Track,
-) -> dict[str, np.ndarray]:
-    """Run the texts through the graph and return for each named value the sum of x xᵀ over all tokens, (K, K)."""
-    sums: dict[str, np.ndarray] = {}
-    for outputs in _walk(model, values, encodings, work, threads, track):
-        for value in values:
-            tokens = outputs[value][0]
-            sums[value] = sums.get(value, np.float32(0)) + tokens.T @ tokens
-    return sums
-
-
 def _walk(
     model: onnx.ModelProto,
     values: Sequence[str],

@@ -1,0 +1,143 @@
+"""What enters each group of linear layers behind coded ones, and the weights that make up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import make_model
+from jobs import TEXTS
+from onnx import helper
+
+from effllm.compression import parse_method
+from effllm.compression.drift import Drift, code_in_order
+from effllm.compression.gptq import choose_codes, make_up
+from effllm.compression.int4 import within
+from effllm.compression.int8_graph import Linears, find_linears
+from effllm.compression.pipeline import compress, export
+from effllm.exporters.graph import Graph
+from effllm.progress import silent
+from effllm.runtime.predictor import Predictor
+from effllm.runtime.tokenizer import Encoding, pad_batch
+
+
+def inputs_of(model: onnx.ModelProto, values: list[str], encodings: list[Encoding]) -> list[dict[str, np.ndarray]]:
+    """What a whole graph makes of each text."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, None) for v in values)
+    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    takes = {i.name for i in session.get_inputs()}
+    feeds = [{name: array for name, array in pad_batch([e], 0).items() if name in takes} for e in encodings]
+    return [dict(zip(values, session.run(None, feed), strict=True)) for feed in feeds]
+
+
+def encoded(predictor: Predictor, texts: Sequence[str]) -> list[Encoding]:
+    return [encoding for text in texts for encoding in predictor.encode_one(text)]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "modernbert"])
+def test_each_group_sees_what_both_whole_graphs_show(tmp_path: Path, architecture: str) -> None:
+    variant = export(make_model(tmp_path / "model", architecture), tmp_path / "out")
+    predictor = Predictor.open(variant.path, threads=1)
+    encodings = encoded(predictor, TEXTS[:3])
+    graph = Graph(onnx.load(str(variant.path / "onnx/model.onnx")))
+    before = graph.model.SerializeToString()
+    groups = find_linears(graph)
+    seen: dict[str, Drift] = {}
+    halved: dict[str, np.ndarray] = {}
+
+    def code(group: Linears, drift: Drift) -> Mapping[str, np.ndarray]:
+        seen[group.input] = drift
+        new = {n.name: graph.constant(n.input[1]) * np.float32(0.5) for n in group.nodes}
+        halved.update(new)
+        return new
+
+    code_in_order(graph, groups, encodings, tmp_path, code, threads=1, track=silent)
+    assert list(seen) == [group.input for group in groups]
+    assert graph.model.SerializeToString() == before
+    assert not list(tmp_path.glob("segment*")), "what lay on the disk is gone"
+    dense = inputs_of(graph.model, list(seen), encodings)
+    for n in graph.model.graph.node:
+        if n.name in halved:
+            n.input[1] = graph.set_constant(f"{n.name}_half", halved[n.name])
+    coded = inputs_of(graph.finish(), list(seen), encodings)
+    for index, (name, found) in enumerate(seen.items()):
+        x = np.concatenate([states[name][0] for states in dense]).astype(np.float64)
+        moved = np.concatenate([states[name][0] for states in coded]).astype(np.float64)
+        size = float(np.square(x).sum())
+        # Sums of products of float32 that were computed in graphs which are fused differently.
+        np.testing.assert_allclose(found.gram.numpy(), moved.T @ moved, rtol=0, atol=1e-5 * size)
+        np.testing.assert_allclose(found.drift.numpy(), (x - moved).T @ moved, rtol=0, atol=1e-5 * size)
+        assert bool(np.abs(found.drift.numpy()).max() > 1e-3 * size / len(x)) == bool(index), (
+            "only the first sees no drift"
+        )
+
+
+def moved_inputs(tokens: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight (12, columns), inputs (tokens, columns), and the inputs as something before them changed them."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, columns) @ torch.randn(columns, columns) / columns**0.5
+    return torch.randn(12, columns), x, x + 0.3 * x @ torch.randn(columns, columns) / columns**0.5
+
+
+def test_the_weight_that_makes_up_is_the_ridge_regression_on_what_was_lost() -> None:
+    weight, x, moved = moved_inputs(200, 32)
+    found = make_up(weight, moved.T @ moved, (x - moved).T @ moved)
+    ridge = 0.1 * float((moved.T @ moved).diagonal().mean())
+    stacked = torch.cat([moved, ridge**0.5 * torch.eye(32)]).double()
+    lost = torch.cat([(x - moved) @ weight.T, torch.zeros(32, 12)]).double()
+    expected = weight + torch.linalg.lstsq(stacked, lost).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert (moved @ found.T - x @ weight.T).square().sum() < 0.5 * (moved @ weight.T - x @ weight.T).square().sum()
+
+
+def test_inputs_that_never_fire_leave_the_weight() -> None:
+    weight = torch.randn(4, 32)
+    assert torch.equal(make_up(weight, torch.zeros(32, 32), torch.zeros(32, 32)), weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_make_up_for_drift_and_keep_zeros(symmetric: bool) -> None:
+    weight, x, moved = moved_inputs(400, 64)
+    weight[torch.rand_like(weight) < 0.5] = 0
+    gram, drift = moved.T @ moved, (x - moved).T @ moved
+    settings = {"symmetric": symmetric, "order": "activation"}
+    plain, _ = choose_codes("gptq", weight, gram, 32, **settings)
+    better, _ = choose_codes("gptq", weight, gram, 32, drift=drift, **settings)
+    rounded, _ = choose_codes("rtn", weight, gram, 32, drift=drift, **settings)
+    assert torch.equal(rounded.codes, choose_codes("rtn", weight, gram, 32, **settings)[0].codes)
+    lost = [float((moved @ coded.values().T - x @ weight.T).square().sum()) for coded in (plain, better)]
+    assert lost[1] < 0.8 * lost[0]
+    assert (better.values()[weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "modernbert"])  # of a random model either could be closer
+def test_a_model_coded_so_answers_more_like_the_dense_one(tmp_path: Path, monkeypatch, architecture: str) -> None:
+    folder = make_model(tmp_path / "model", architecture)
+    dense = Predictor.open(export(folder, tmp_path / "dense").path, threads=1)
+    method = parse_method("int4:group_size=32,embeddings=false")
+
+    def error(name: str) -> float:
+        made = compress(folder, tmp_path / name, method=method, calib=TEXTS[:60], max_drop=1.0, threads=1)
+        coded = Predictor.open(made.path, threads=1)
+        pairs = zip(*(predictor.run(encoded(dense, TEXTS[60:])) for predictor in (dense, coded)), strict=True)
+        return sum(float(np.square(a["logits"] - b["logits"]).sum()) for a, b in pairs)
+
+    followed = error("followed")
+    monkeypatch.setattr("effllm.compression.gptq.make_up", lambda weight, gram, drift: weight)
+    assert followed < error("alone")
+
+
+def test_no_more_tokens_are_taken_than_memory_is_meant_for(classifier: Path) -> None:
+    encodings = encoded(Predictor.open(classifier, threads=1), TEXTS[:3])
+    first, second, third = (len(encoding) for encoding in encodings)
+    assert within(encodings, first + second) == encodings[:2]
+    assert within(encodings, first + second + third) == encodings
+    assert within(encodings, 1) == encodings[:1], "one is taken however long it is"
