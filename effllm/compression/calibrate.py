@@ -6,7 +6,8 @@ Each text runs alone, so that no padding enters and nothing depends on how texts
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,10 @@ from torch import nn
 
 from effllm.progress import Track, silent
 from effllm.runtime.tokenizer import Encoding, pad_batch
+
+TOKENS = 65_536
+"""Calibration tokens that are used at most where states inside the model are kept for all of them: 30 kB each where it
+is 768 wide."""
 
 
 @dataclass
@@ -37,6 +42,37 @@ class Moments:
     def norms(self) -> torch.Tensor:
         """The Euclidean norm of each input channel over all tokens, (K,)."""
         return self.gram.diagonal().clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Inputs x̂ of a linear layer behind quantised ones beside x, what they were: sums over tokens, float32 (K, K).
+
+    `gram` is the sum of x̂ x̂ᵀ, `drift` that of (x - x̂) x̂ᵀ.
+    """
+
+    gram: torch.Tensor
+    drift: torch.Tensor
+
+    @classmethod
+    def between(cls, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Drift:
+        """Take in x and x̂ of one text after another, at least one, of any leading shape, (…, K)."""
+        gram = drift = torch.zeros(())
+        for before, after in pairs:
+            x, moved = (t.detach().reshape(-1, t.shape[-1]).float() for t in (before, after))
+            gram = gram + moved.T @ moved
+            drift = drift + (x - moved).T @ moved
+        return cls(gram, drift)
+
+
+def within(encodings: Sequence[Encoding], tokens: int) -> list[Encoding]:
+    """Return the first inputs that have so many tokens together, at least one."""
+    ends = itertools.accumulate(len(encoding) for encoding in encodings)
+    return [
+        encoding
+        for index, (encoding, end) in enumerate(zip(encodings, ends, strict=True))
+        if not index or end <= tokens
+    ]
 
 
 def feeds(model: Any, encodings: Sequence[Encoding]) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ import onnx
 import torch
 from onnx import NodeProto, helper, numpy_helper
 
+from effllm.compression.calibrate import Drift
 from effllm.compression.int8_graph import Linears
 from effllm.exporters.graph import Graph, save_graph
 from effllm.progress import Track
@@ -26,17 +27,6 @@ from effllm.runtime.tokenizer import Encoding, pad_batch
 
 State = dict[str, np.ndarray]
 """What is alive at a cut, of one text; the graph's own inputs are among it."""
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Inputs x̂ of a group behind coded layers beside x, what they were: sums over all tokens, float32 (K, K).
-
-    `gram` is the sum of x̂ x̂ᵀ, `drift` that of (x − x̂) x̂ᵀ.
-    """
-
-    gram: torch.Tensor
-    drift: torch.Tensor
 
 
 def code_in_order(
@@ -62,17 +52,8 @@ def code_in_order(
         after = segment.run(dense, {}, work, threads)
         coded = segment.run(coded, weights, work, threads) if weights else after
         dense = after
-        weights |= code(group, _drift([s[group.input] for s in dense], [s[group.input] for s in coded]))
-
-
-def _drift(before: list[np.ndarray], after: list[np.ndarray]) -> Drift:
-    width = after[0].shape[-1]
-    gram, drift = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
-    for old, new in zip(before, after, strict=True):
-        x, moved = old.reshape(-1, width), new.reshape(-1, width)
-        gram += moved.T @ moved
-        drift += (x - moved).T @ moved
-    return Drift(torch.from_numpy(gram), torch.from_numpy(drift))
+        pairs = ((torch.from_numpy(s[group.input]) for s in both) for both in zip(dense, coded, strict=True))
+        weights |= code(group, Drift.between((x, moved) for x, moved in pairs))
 
 
 @dataclass(frozen=True)

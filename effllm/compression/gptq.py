@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from effllm.compression.calibrate import Drift
 from effllm.errors import SettingError
 
 CODES = 16
@@ -109,19 +110,19 @@ def round_to_nearest(weight: torch.Tensor, gram: torch.Tensor, group_size: int, 
     return Coded(codes.flatten(1).to(torch.uint8), scales, zeros)
 
 
-def make_up(weight: torch.Tensor, gram: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+def make_up(weight: torch.Tensor, seen: Drift) -> torch.Tensor:
     """Return the weight, float32 (N, K), that makes of inputs x̂ what W makes of x, as nearly as one can.
 
-    x̂ is what quantised layers before make of x; `gram` is the sum of x̂ x̂ᵀ and `drift` that of (x - x̂) x̂ᵀ, both
-    (K, K). Li et al. 2025, "GPTAQ: efficient finetuning-free quantization for asymmetric calibration", quantise for
-    ‖W X - Ŵ X̂‖ as well; here its minimum over weights that are not rounded is found first, with a ridge that holds them
-    near W: W + W D (G + λI)⁻¹.
+    With G and D the gram and the drift that were seen: W + W D (G + λI)⁻¹. Li et al. 2025, "GPTAQ: efficient
+    finetuning-free quantization for asymmetric calibration", quantise for ‖W X - Ŵ X̂‖ as well; here its minimum over
+    weights that are not rounded is found first, with a ridge that holds them near W.
     """
-    ridge = RIDGE * float(gram.diagonal().double().mean())
+    ridge = RIDGE * float(seen.gram.diagonal().double().mean())
     if not ridge:
         return weight.float()
-    hessian = gram.double() + ridge * torch.eye(len(gram), dtype=torch.float64)
-    return (weight.double() + torch.linalg.solve(hessian, weight.double() @ drift.double(), left=False)).float()
+    hessian = seen.gram.double() + ridge * torch.eye(len(seen.gram), dtype=torch.float64)
+    lost = weight.double() @ seen.drift.double()
+    return (weight.double() + torch.linalg.solve(hessian, lost, left=False)).float()
 
 
 def gptq(
@@ -187,21 +188,20 @@ def relative_error(weight: torch.Tensor, coded: Coded, gram: torch.Tensor) -> fl
 def choose_codes(
     algorithm: Algorithm,
     weight: torch.Tensor,
-    gram: torch.Tensor,
+    seen: Drift,
     group_size: int,
     *,
     symmetric: bool,
     order: Order,
-    drift: torch.Tensor | None = None,
 ) -> tuple[Coded, float]:
-    """Return the codes of W (N, K), and the relative error of rounding.
+    """Return the codes of W (N, K) for the inputs that were seen, and the relative error of rounding.
 
-    With `gptq` the codes are those of the weight that makes up for the `drift` of its inputs; with `rtn` each weight is
-    rounded to nearest.
+    With `gptq` the codes are those of the weight that makes up for the drift; with `rtn` each weight is rounded to
+    nearest.
     """
     if algorithm == "rtn":
-        coded = round_to_nearest(weight, gram, group_size, symmetric=symmetric)
-        return coded, relative_error(weight, coded, gram)
-    wanted = weight if drift is None else make_up(weight, gram, drift)
-    coded = gptq(wanted, gram, group_size, symmetric=symmetric, order=order, alive=weight != 0)
-    return coded, relative_error(wanted, coded, gram)
+        coded = round_to_nearest(weight, seen.gram, group_size, symmetric=symmetric)
+        return coded, relative_error(weight, coded, seen.gram)
+    wanted = make_up(weight, seen)
+    coded = gptq(wanted, seen.gram, group_size, symmetric=symmetric, order=order, alive=weight != 0)
+    return coded, relative_error(wanted, coded, seen.gram)

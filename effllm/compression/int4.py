@@ -8,8 +8,7 @@ is rarely faster than int8.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,7 +17,8 @@ import numpy as np
 import onnx
 import torch
 
-from effllm.compression.drift import Drift, code_in_order
+from effllm.compression.calibrate import TOKENS, Drift, within
+from effllm.compression.drift import code_in_order
 from effllm.compression.gptq import (
     Algorithm,
     Coded,
@@ -34,11 +34,8 @@ from effllm.compression.trials import latencies, latency_rows, try_out
 from effllm.errors import CheckFailed, GateFailed
 from effllm.exporters.graph import Graph, module_of, save_graph
 from effllm.measure.statistics import ratio_of_medians
-from effllm.runtime.tokenizer import Encoding
 
 FILE_NAME = "onnx/model_q4.onnx"
-TOKENS = 65_536
-"""Calibration tokens that are used at most: what is alive in the graph is kept for each, 30 kB at a width of 768."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,10 @@ class Int4:
                 coded[n.name], error = choose_codes(
                     self.algorithm,
                     weight,
-                    seen.gram,
+                    seen,
                     self.group_size,
                     symmetric=self.symmetric,
                     order=self.order,
-                    drift=seen.drift,
                 )
                 layers[module_of(n)] = {"relative_error": error}
             return {n.name: coded[n.name].values().T.numpy() for n in group.nodes}
@@ -124,13 +120,3 @@ class Int4:
         encodings = within(job.encodings(), TOKENS)
         code_in_order(graph, groups, encodings, job.work, code, threads=job.threads, track=job.track)
         return coded, layers
-
-
-def within(encodings: Sequence[Encoding], tokens: int) -> list[Encoding]:
-    """Return the first inputs that have so many tokens together, at least one."""
-    ends = itertools.accumulate(len(encoding) for encoding in encodings)
-    return [
-        encoding
-        for index, (encoding, end) in enumerate(zip(encodings, ends, strict=True))
-        if not index or end <= tokens
-    ]

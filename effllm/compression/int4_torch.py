@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from effllm.compression.calibrate import observe
+from effllm.compression.calibrate import TOKENS, within
 from effllm.compression.codes import (
     check_compressed_tensors,
     check_plain,
@@ -23,6 +23,7 @@ from effllm.compression.codes import (
 )
 from effllm.compression.gptq import Algorithm, Order, check_group_size, check_groups, choose_codes
 from effllm.compression.layers import linears
+from effllm.compression.layerwise import group_by_group
 from effllm.compression.method import Changed, Stage, WeightsJob, check_calibration
 
 if TYPE_CHECKING:
@@ -66,20 +67,23 @@ class Int4Torch:
         """Calibrate, choose codes, and hand over the model in the other library's format."""
         check_plain(self.name, job.model)
         self._check_groups(job.model)
-        moments = observe(job.model, list(linears(job.model)), job.encodings(), job.track)
         names = {id(linear): name for name, linear in inner_linears(job.model).items()}
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         layers: dict[str, dict[str, float]] = {}
         chosen = linears(job.model)
-        for name, linear in job.track(chosen.items(), "quantising", len(chosen)):
-            weight, gram = linear.weight.detach(), moments.pop(name).gram
-            coded, error = choose_codes(self.algorithm, weight, gram, self.group_size, symmetric=True, order=self.order)
-            layers[name] = {"relative_error": error}
-            tensors[names[id(linear)]] = {
-                "weight_packed": pack_int32(coded.codes),
-                "weight_scale": coded.scales,
-                "weight_shape": torch.tensor(weight.shape),
-            }
+        for group in group_by_group(job.model, within(job.encodings(), TOKENS), job.track):
+            for name, seen in group.items():
+                weight = chosen[name].weight.data
+                coded, error = choose_codes(
+                    self.algorithm, weight, seen, self.group_size, symmetric=True, order=self.order
+                )
+                layers[name] = {"relative_error": error}
+                tensors[names[id(chosen[name])]] = {
+                    "weight_packed": pack_int32(coded.codes),
+                    "weight_scale": coded.scales,
+                    "weight_shape": torch.tensor(weight.shape),
+                }
+                weight.copy_(coded.values())
         replace_weights(job, tensors, quantization_config(self.group_size, outer_linears(job.model)))
         note = "PyTorch expands the weights at the first pass: the file is small, the speed that of float32"
         return Changed({"layers": layers}, [note])

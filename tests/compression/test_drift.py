@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import make_model
-from jobs import TEXTS
+from jobs import TEXTS, make_job
 from onnx import helper
 
 from effllm.compression import parse_method
-from effllm.compression.drift import Drift, code_in_order
+from effllm.compression.calibrate import Drift, feeds, within
+from effllm.compression.drift import code_in_order
 from effllm.compression.gptq import choose_codes, make_up
-from effllm.compression.int4 import within
 from effllm.compression.int8_graph import Linears, find_linears
+from effllm.compression.layers import linears, weight_of
+from effllm.compression.layerwise import group_by_group
 from effllm.compression.pipeline import compress, export
 from effllm.exporters.graph import Graph
 from effllm.progress import silent
@@ -89,7 +92,7 @@ def moved_inputs(tokens: int, columns: int) -> tuple[torch.Tensor, torch.Tensor,
 
 def test_the_weight_that_makes_up_is_the_ridge_regression_on_what_was_lost() -> None:
     weight, x, moved = moved_inputs(200, 32)
-    found = make_up(weight, moved.T @ moved, (x - moved).T @ moved)
+    found = make_up(weight, Drift.between([(x, moved)]))
     ridge = 0.1 * float((moved.T @ moved).diagonal().mean())
     stacked = torch.cat([moved, ridge**0.5 * torch.eye(32)]).double()
     lost = torch.cat([(x - moved) @ weight.T, torch.zeros(32, 12)]).double()
@@ -100,19 +103,20 @@ def test_the_weight_that_makes_up_is_the_ridge_regression_on_what_was_lost() -> 
 
 def test_inputs_that_never_fire_leave_the_weight() -> None:
     weight = torch.randn(4, 32)
-    assert torch.equal(make_up(weight, torch.zeros(32, 32), torch.zeros(32, 32)), weight)
+    assert torch.equal(make_up(weight, Drift(torch.zeros(32, 32), torch.zeros(32, 32))), weight)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_make_up_for_drift_and_keep_zeros(symmetric: bool) -> None:
     weight, x, moved = moved_inputs(400, 64)
     weight[torch.rand_like(weight) < 0.5] = 0
-    gram, drift = moved.T @ moved, (x - moved).T @ moved
+    seen = Drift.between([(x[:100], moved[:100]), (x[100:], moved[100:])])
+    still = Drift(seen.gram, torch.zeros_like(seen.drift))
     settings = {"symmetric": symmetric, "order": "activation"}
-    plain, _ = choose_codes("gptq", weight, gram, 32, **settings)
-    better, _ = choose_codes("gptq", weight, gram, 32, drift=drift, **settings)
-    rounded, _ = choose_codes("rtn", weight, gram, 32, drift=drift, **settings)
-    assert torch.equal(rounded.codes, choose_codes("rtn", weight, gram, 32, **settings)[0].codes)
+    plain, _ = choose_codes("gptq", weight, still, 32, **settings)
+    better, _ = choose_codes("gptq", weight, seen, 32, **settings)
+    rounded, _ = choose_codes("rtn", weight, seen, 32, **settings)
+    assert torch.equal(rounded.codes, choose_codes("rtn", weight, still, 32, **settings)[0].codes)
     lost = [float((moved @ coded.values().T - x @ weight.T).square().sum()) for coded in (plain, better)]
     assert lost[1] < 0.8 * lost[0]
     assert (better.values()[weight == 0] == 0).all()
@@ -131,7 +135,7 @@ def test_a_model_coded_so_answers_more_like_the_dense_one(tmp_path: Path, monkey
         return sum(float(np.square(a["logits"] - b["logits"]).sum()) for a, b in pairs)
 
     followed = error("followed")
-    monkeypatch.setattr("effllm.compression.gptq.make_up", lambda weight, gram, drift: weight)
+    monkeypatch.setattr("effllm.compression.gptq.make_up", lambda weight, seen: weight)
     assert followed < error("alone")
 
 
@@ -141,3 +145,41 @@ def test_no_more_tokens_are_taken_than_memory_is_meant_for(classifier: Path) -> 
     assert within(encodings, first + second) == encodings[:2]
     assert within(encodings, first + second + third) == encodings
     assert within(encodings, 1) == encodings[:1], "one is taken however long it is"
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "modernbert"])
+def test_groups_of_a_torch_model_see_what_both_whole_models_show(tmp_path: Path, architecture: str) -> None:
+    job = make_job(make_model(tmp_path / "model", architecture), tmp_path / "work", texts=TEXTS[:3])
+    dense, model, encodings = copy.deepcopy(job.model), job.model, job.encodings()
+    seen: dict[str, Drift] = {}
+    groups = []
+    for group in group_by_group(model, encodings):
+        groups.append(list(group))
+        seen |= group
+        for name in group:
+            weight_of(model, name).mul_(0.5)
+    fused = architecture == "modernbert"
+    assert [len(group) for group in groups] == ([1, 1, 1, 1] if fused else [3, 1, 1, 1]) * 2
+    assert list(seen) == list(linears(model))
+    before, after = (entering(each, encodings) for each in (dense, model))
+    for name, found in seen.items():
+        wanted = Drift.between(zip(before[name], after[name], strict=True))
+        torch.testing.assert_close(found.gram, wanted.gram, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.drift, wanted.drift, rtol=1e-5, atol=1e-5)
+    assert not seen[groups[0][0]].drift.any()
+    assert all(seen[name].drift.any() for group in groups[1:] for name in group)
+
+
+def entering(model: torch.nn.Module, encodings: list[Encoding]) -> dict[str, list[torch.Tensor]]:
+    """What enters each linear layer of a whole model, text by text."""
+    found: dict[str, list[torch.Tensor]] = {}
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: found.setdefault(name, []).append(args[0]))
+        for name, linear in linears(model).items()
+    ]
+    with torch.no_grad():
+        for feed in feeds(model, encodings):
+            model(**feed)
+    for handle in handles:
+        handle.remove()
+    return found
