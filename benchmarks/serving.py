@@ -17,7 +17,7 @@ other parts stay.
   with as many threads; its peak is measured in the same way.
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
 - **shapes**: 10,000 requests, each of another number of texts of other lengths; memory over it.
-- **soak**: half an hour of 80 % of what it can answer after two minutes of full load (some hosts slow down under it);
+- **soak**: half an hour of 80 % of what it can answer after ten minutes of full load (some hosts slow down under it);
   memory and p99 of the first and the last fifth, and what it can answer afterwards.
 
 Every system has as many threads as it has cores: a server by hand runs as many requests at once as it gets, so fewer
@@ -353,7 +353,7 @@ def soak(plan: Plan) -> Iterator[Row]:
     """Measure 80 % of the peak for a long time."""
     texts, seconds = texts_of_lengths(16, 64, TEXTS), max(plan.seconds, 10.0)
     with plan.ours() as server:
-        peaks = {"before": peak_rate(server, texts, seconds, warm_up_s=plan.soak_minutes * 60 / 15)}
+        peaks = {"before": peak_rate(server, texts, seconds, warm_up_s=plan.soak_minutes * 60 / 3)}
         load = Load(rate=0.8 * peaks["before"], seconds=plan.soak_minutes * 60, warm_up_s=10.0)
         say(f"soak: {load.rate:.0f} requests/s for {plan.soak_minutes:g} minutes")
         with watched(server, load.warm_up_s) as memory:

@@ -1,4 +1,4 @@
-"""int4-torch: the same 4-bit weights as int4, in the `pack-quantized` layout of compressed-tensors.
+"""int4-torch: 4-bit weights chosen as by int4, in the `pack-quantized` layout of compressed-tensors.
 
 transformers and vLLM read the folder. transformers expands the weights at the first pass, so that in PyTorch on a CPU
 the file is small and the speed is that of float32. Grids are symmetric: transformers 5.23 cannot load the packed zero
