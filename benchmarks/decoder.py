@@ -11,9 +11,9 @@ the mean loss has a paired interval over documents. Folders are kept in DIR, and
 made again. Rows go to `results/decoder.jsonl`.
 
 One model, one seed, one corpus, one processor; what saw a few million tokens is far from the models of the papers,
-whose weights are used to the full. No speed is measured. GPTQ makes up for what the quantised layers before moved, which
-its paper does not; both algorithms choose each group's scale by its error, so that `rtn` is better here than plain
-rounding.
+whose weights are used to the full. No speed is measured. GPTQ makes up for what quantised layers before it moved,
+which its paper does not; both algorithms choose each group's scale by its error, so that `rtn` is better here than
+plain rounding.
 """
 
 from __future__ import annotations

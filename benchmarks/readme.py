@@ -112,7 +112,7 @@ def graph_form_table() -> str:
             row = find(rows, "speed-up", system, batch=batch, tokens=tokens)
             cells.append(text.ratio(row.value)[0] if row else "–")
         lines.append(f"| {system} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{rows[0].machine}."])
 
 
 def interop_table() -> str:
@@ -261,7 +261,7 @@ def serving_table() -> str:
         f"it answered {goodput.value:.0%} of its peak, with {errors.value:.0f} "
         f"server errors; with {killed.value:.0f} workers killed under load {lost.value:.0f} requests were lost."
     )
-    over = {"shapes": "10,000 requests of random shapes", "soak": "half an hour at 80 % of its peak"}
+    over = {"shapes": "10,000 requests of random shapes", "soak": "half an hour at 80 % of what it could answer before"}
     for part, what in over.items():
         growth = find(rows, "memory growth", OURS, part=part)
         if growth:
@@ -296,6 +296,7 @@ KERNEL_CASES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("forward, 2,048 tokens, width 128", "attention forward", {"length": 2048, "width": 128}),
     ("forward, half padding, 512 tokens", "padded forward", {"length": 512}),
     ("forward, half padding, 2,048 tokens", "padded forward", {"length": 2048}),
+    ("forward and backward, half padding, 512 tokens", "padded forward + backward", {"length": 512}),
     ("forward and backward, half padding, 2,048 tokens", "padded forward + backward", {"length": 2048}),
     ("forward in a CUDA graph, 8 × 32 tokens", "short forward under graphs", {"batch": 8, "length": 32}),
     ("forward in a CUDA graph, 32 × 128 tokens", "short forward under graphs", {"batch": 32, "length": 128}),

@@ -53,7 +53,7 @@ def prepare(
         print_report(variant.manifest["report"])
     if json_file:
         write_json(json_file, report_rows(variant.manifest["report"]))
-    say(f"wrote {variant.path} — try: effllm pretrain {variant.path} --out model --seconds 600")
+    say(f"wrote {variant.path} — try: effllm pretrain {variant.path} --out model --seconds 600 --batch-size 16")
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What enters the linear layers of a torch model on the calibration texts.
+"""What enters linear layers on the calibration texts, and how those of a torch model are watched.
 
 Each text runs alone, so that no padding enters and nothing depends on how texts would be batched.
 """
@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from effllm.errors import Unsupported
 from effllm.progress import Track, silent
 from effllm.runtime.tokenizer import Encoding, pad_batch
 
 TOKENS = 65_536
-"""Calibration tokens that are used at most where states inside the model are kept for all of them: 30 kB each where it
-is 768 wide."""
+"""Calibration tokens that are used at most where states inside the model are kept for all of them: some 30 kB each
+where it is 768 wide."""
+CHUNK = 1024
+"""Tokens whose products are added up at once."""
 
 
 @dataclass
@@ -57,22 +60,43 @@ class Drift:
     @classmethod
     def between(cls, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Drift:
         """Take in x and x̂ of one text after another, at least one, of any leading shape, (…, K)."""
-        gram = drift = torch.zeros(())
-        for before, after in pairs:
-            x, moved = (t.detach().reshape(-1, t.shape[-1]).float() for t in (before, after))
-            gram = gram + moved.T @ moved
-            drift = drift + (x - moved).T @ moved
-        return cls(gram, drift)
+        found: Drift | None = None
+        for x, moved in _in_chunks(pairs):
+            if found is None:
+                width = x.shape[-1]
+                found = cls(x.new_zeros(width, width), x.new_zeros(width, width))
+            found.gram.addmm_(moved.T, moved)
+            found.drift.addmm_((x - moved).T, moved)
+        if found is None:
+            raise ValueError("no text")
+        return found
 
 
-def within(encodings: Sequence[Encoding], tokens: int) -> list[Encoding]:
-    """Return the first inputs that have so many tokens together, at least one."""
-    ends = itertools.accumulate(len(encoding) for encoding in encodings)
-    return [
-        encoding
-        for index, (encoding, end) in enumerate(zip(encodings, ends, strict=True))
-        if not index or end <= tokens
-    ]
+def _in_chunks(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the pairs as float32 (tokens, K), texts together up to CHUNK tokens: each addition goes over all K × K."""
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for before, after in pairs:
+        x, moved = (t.detach().reshape(-1, t.shape[-1]).float() for t in (before, after))
+        waiting.append((x, moved))
+        if sum(len(x) for x, _ in waiting) >= CHUNK:
+            yield torch.cat([x for x, _ in waiting]), torch.cat([moved for _, moved in waiting])
+            waiting = []
+    if waiting:
+        yield torch.cat([x for x, _ in waiting]), torch.cat([moved for _, moved in waiting])
+
+
+def within(encodings: Sequence[Encoding], tokens: int, seed: int) -> list[Encoding]:
+    """Return inputs that have so many tokens together at most, drawn by the seed, in their order; one at least.
+
+    Raises Unsupported where none has a token.
+    """
+    filled = [index for index, encoding in enumerate(encodings) if len(encoding)]
+    if not filled:
+        raise Unsupported("no calibration text has a token for this model; give other texts with --calib")
+    drawn = [filled[i] for i in np.random.default_rng(seed).permutation(len(filled))]
+    ends = itertools.accumulate(len(encodings[index]) for index in drawn)
+    chosen = [index for count, (index, end) in enumerate(zip(drawn, ends, strict=True)) if not count or end <= tokens]
+    return [encodings[index] for index in sorted(chosen)]
 
 
 def feeds(model: Any, encodings: Sequence[Encoding]) -> Iterator[dict[str, Any]]:

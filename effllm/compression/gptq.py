@@ -24,7 +24,8 @@ Algorithm = Literal["gptq", "rtn"]
 Order = Literal["activation", "columns"]
 DAMPING = 0.01
 RIDGE = 0.1
-"""How strongly a weight is held where it was while it makes up for drift, as a share of the gram's mean diagonal."""
+"""How strongly a weight is held where it was while it makes up for drift, as a share of the gram's mean diagonal. Of
+0.01 to 1, embeddings and logits came out closest with 0.03 to 0.3 (6,000 and 26,000 tokens)."""
 BLOCK = 128
 """Columns that are finished before the rest of the matrix is updated (section 3.3, step 2): memory is read less."""
 
@@ -120,7 +121,8 @@ def make_up(weight: torch.Tensor, seen: Drift) -> torch.Tensor:
     ridge = RIDGE * float(seen.gram.diagonal().double().mean())
     if not ridge:
         return weight.float()
-    hessian = seen.gram.double() + ridge * torch.eye(len(seen.gram), dtype=torch.float64)
+    hessian = seen.gram.double().clone()
+    hessian.diagonal().add_(ridge)
     lost = weight.double() @ seen.drift.double()
     return (weight.double() + torch.linalg.solve(hessian, lost, left=False)).float()
 
@@ -132,25 +134,25 @@ def gptq(
     *,
     symmetric: bool,
     order: Order = "activation",
-    alive: torch.Tensor | None = None,
+    free: torch.Tensor | None = None,
 ) -> Coded:
     """Return codes of W (N, K) that move the products W x least, for inputs whose sum of x xᵀ is `gram` (K, K).
 
     Frantar et al. 2022, algorithm 1, written from the paper: columns are rounded one by one, and each one's error is
     taken out of those to come, along the rows of the upper Cholesky factor of the damped inverse Hessian. Grids are
     chosen before, from the weights as they are, so that columns may be taken in any order: with `activation`, those
-    with the largest inputs first. Weights that are not `alive`, bool (N, K), are rounded to zero, whatever they should
+    with the largest inputs first. Weights that are not `free`, bool (N, K), are rounded to zero, whatever they should
     have made up for; where it is not given those that are zero. An input that never fires has no say, and its weights
     are rounded to nearest.
     """
-    if alive is None:
-        alive = weight != 0
-    scales, zeros = choose_grids(torch.where(alive, weight, 0), gram.diagonal(), group_size, symmetric=symmetric)
+    if free is None:
+        free = weight != 0
+    scales, zeros = choose_grids(torch.where(free, weight, 0), gram.diagonal(), group_size, symmetric=symmetric)
     diagonal = gram.diagonal()
     taken = diagonal.argsort(descending=True, stable=True) if order == "activation" else torch.arange(len(diagonal))
     factor = _inverse_factor(gram[taken][:, taken])
     rest = weight.float()[:, taken].T.contiguous()  # a column of W is a row here, so that it lies together in memory
-    alive = alive[:, taken].T
+    free = free[:, taken].T
     groups = taken // group_size
     scale, zero = scales.T[groups], zeros.float().T[groups]
     codes = torch.empty_like(rest)
@@ -158,7 +160,7 @@ def gptq(
         stop = min(start + BLOCK, len(rest))
         errors = torch.empty_like(rest[start:stop])
         for j in range(start, stop):
-            codes[j] = torch.where(alive[j], _codes(rest[j], scale[j], zero[j]), zero[j])
+            codes[j] = torch.where(free[j], _codes(rest[j], scale[j], zero[j]), zero[j])
             rounded = (codes[j] - zero[j]) * scale[j]
             errors[j - start] = error = (rest[j] - rounded) / factor[j, j]
             rest[j:stop] -= torch.outer(factor[j, j:stop], error)
@@ -203,5 +205,5 @@ def choose_codes(
         coded = round_to_nearest(weight, seen.gram, group_size, symmetric=symmetric)
         return coded, relative_error(weight, coded, seen.gram)
     wanted = make_up(weight, seen)
-    coded = gptq(wanted, seen.gram, group_size, symmetric=symmetric, order=order, alive=weight != 0)
+    coded = gptq(wanted, seen.gram, group_size, symmetric=symmetric, order=order, free=weight != 0)
     return coded, relative_error(wanted, coded, seen.gram)

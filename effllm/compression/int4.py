@@ -2,8 +2,8 @@
 
 Activations stay float32, so answers do not depend on their batch. Codes are chosen by GPTQ (Frantar et al. 2022), one
 group of layers after another on what enters it behind those coded before, whose error it makes up for (Li et al. 2025),
-or by rounding to nearest. The file is small; the codes are expanded again for every product, so that on a CPU the model
-is rarely faster than int8.
+or by rounding to nearest. Embedding tables are rounded after that. The file is small; the codes are expanded again for
+every product, so that on a CPU the model is rarely faster than int8.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import onnx
 import torch
 
 from effllm.compression.calibrate import TOKENS, Drift, within
-from effllm.compression.drift import code_in_order
 from effllm.compression.gptq import (
     Algorithm,
     Coded,
@@ -30,10 +29,12 @@ from effllm.compression.gptq import (
 from effllm.compression.int4_graph import quantize_int4
 from effllm.compression.int8_graph import Linears, find_linears, quantize_embeddings
 from effllm.compression.method import GraphJob, Result, Stage, check_calibration
+from effllm.compression.segments import code_in_order
 from effllm.compression.trials import latencies, latency_rows, try_out
-from effllm.errors import CheckFailed, GateFailed
+from effllm.errors import CheckFailed, GateFailed, Unsupported
 from effllm.exporters.graph import Graph, module_of, save_graph
 from effllm.measure.statistics import ratio_of_medians
+from effllm.runtime.tokenizer import Encoding
 
 FILE_NAME = "onnx/model_q4.onnx"
 
@@ -46,7 +47,6 @@ class Int4:
     summary: ClassVar[str] = "4-bit weights in groups for ONNX Runtime (GPTQ); needs no training"
     stage: ClassVar[Stage] = Stage.GRAPH
     identity: ClassVar[Mapping[str, Any]] = {}
-    baseline: ClassVar[str] = "int4:algorithm=rtn"
 
     algorithm: Algorithm = field(
         default="gptq", metadata={"help": "let later columns make up for rounding (gptq), or round each weight (rtn)"}
@@ -79,7 +79,12 @@ class Int4:
             raise CheckFailed("the exported graph has no linear layers that int4 could quantise")
         columns = {module_of(n): graph.shape(n.input[1])[0] for group in groups for n in group.nodes}
         check_groups(self.name, columns, self.group_size)
-        coded, layers = self._code(job, graph, groups)
+        names = [module_of(n) for group in groups for n in group.nodes]
+        if len(set(names)) < len(names):
+            raise Unsupported("int4: linear layers of this model run several times for a text")
+        encodings = within(job.encodings(), TOKENS, self.seed)
+        tokens = sum(map(len, encodings))
+        coded, layers = self._code(job, graph, groups, encodings)
         quantize_int4(graph, coded, symmetric=self.symmetric, compute=self.compute)
         tables = quantize_embeddings(graph) if self.embeddings else []
         file = job.work / self.name / Path(FILE_NAME).name
@@ -93,11 +98,16 @@ class Int4:
         rows = [*trial.comparison.rows(), *trial.spread_rows(), *latency_rows(times, job.threads)]
         ratio, _, _ = ratio_of_medians(times[self.name], times["dense"])
         notes = [f"{self.name}: {trial.reason}", f"{self.name} takes {ratio:.2f} of the dense model's time here"]
-        details = {"batch_spread": trial.spread_details(), "layers": layers, "embedding_tables": tables}
+        details = {
+            "batch_spread": trial.spread_details(),
+            "layers": layers,
+            "embedding_tables": tables,
+            "calibration_tokens": tokens,
+        }
         return Result(file, FILE_NAME, trial.comparison, trial.batch_dependent, rows, details, notes)
 
     def _code(
-        self, job: GraphJob, graph: Graph, groups: list[Linears]
+        self, job: GraphJob, graph: Graph, groups: list[Linears], encodings: list[Encoding]
     ) -> tuple[dict[str, Coded], dict[str, dict[str, float]]]:
         """Return the codes of each linear layer by its node's name, and its error by its module."""
         coded: dict[str, Coded] = {}
@@ -117,6 +127,5 @@ class Int4:
                 layers[module_of(n)] = {"relative_error": error}
             return {n.name: coded[n.name].values().T.numpy() for n in group.nodes}
 
-        encodings = within(job.encodings(), TOKENS)
         code_in_order(graph, groups, encodings, job.work, code, threads=job.threads, track=job.track)
         return coded, layers

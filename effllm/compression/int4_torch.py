@@ -39,7 +39,6 @@ class Int4Torch:
     stage: ClassVar[Stage] = Stage.CODES
     decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {}
-    baseline: ClassVar[str] = "int4-torch:algorithm=rtn"
 
     algorithm: Algorithm = field(
         default="gptq", metadata={"help": "let later columns make up for rounding (gptq), or round each weight (rtn)"}
@@ -48,7 +47,9 @@ class Int4Torch:
     order: Order = field(
         default="activation", metadata={"help": "gptq: columns with the largest inputs first, or as they stand"}
     )
-    calibration: int = field(default=500, metadata={"help": "how many calibration texts to use"})
+    calibration: int = field(
+        default=500, metadata={"help": f"how many calibration texts to use, of at most {TOKENS:,} tokens together"}
+    )
     seed: int = field(default=0, metadata={"help": "chooses the calibration texts"})
 
     def __post_init__(self) -> None:
@@ -71,7 +72,8 @@ class Int4Torch:
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         layers: dict[str, dict[str, float]] = {}
         chosen = linears(job.model)
-        for group in group_by_group(job.model, within(job.encodings(), TOKENS), job.track):
+        encodings = within(job.encodings(), TOKENS, self.seed)
+        for group in group_by_group(job.model, encodings, job.track):
             for name, seen in group.items():
                 weight = chosen[name].weight.data
                 coded, error = choose_codes(
@@ -86,7 +88,7 @@ class Int4Torch:
                 weight.copy_(coded.values())
         replace_weights(job, tensors, quantization_config(self.group_size, outer_linears(job.model)))
         note = "PyTorch expands the weights at the first pass: the file is small, the speed that of float32"
-        return Changed({"layers": layers}, [note])
+        return Changed({"layers": layers, "calibration_tokens": sum(map(len, encodings))}, [note])
 
 
 def pack_int32(codes: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from effllm.compression.calibrate import Drift, Moments, feeds, observe, watchin
 from effllm.compression.layers import layer_list, linears, weight_of
 from effllm.compression.masks import Pattern, set_masks
 from effllm.compression.method import Changed, WeightsJob
+from effllm.errors import Unsupported
 from effllm.progress import Track, silent
 from effllm.runtime.tokenizer import Encoding
 
@@ -48,7 +50,8 @@ def group_by_group(
     """Yield, in order, the linear layers that read one input, and what became of it, by their names in the base model.
 
     What the caller does to their weights before asking for the next group is seen by all that follow, beside what they
-    would have seen without it. The hidden states of one layer are in memory for all texts, twice.
+    would have seen without it. The hidden states of one layer are in memory for all texts, twice. Raises Unsupported
+    for linear layers that run several times for a text, or never.
     """
     prefix, modules = layer_list(model)
     states, calls = _first_states(model, modules, encodings)
@@ -57,13 +60,18 @@ def group_by_group(
         layer = modules[index]
         own = [call[index] for call in calls]
         dense = copy.deepcopy(layer)
-        for names in _groups(layer, states[0], own[0]):
+        groups = _groups(layer, states[0], own[0])
+        if sorted(itertools.chain(*groups)) != sorted(n for n, m in layer.named_modules() if isinstance(m, nn.Linear)):
+            raise Unsupported(f"linear layers of {prefix}.{index} run several times for a text, or never")
+        for names in groups:
             pairs = (
                 (_entering(dense, names[0], state, call), _entering(layer, names[0], new, call))
                 for state, new, call in zip(states, moved, own, strict=True)
             )
             seen = Drift.between(pairs)
             yield {f"{prefix}.{index}.{name}": seen for name in names}
+        if index == len(modules) - 1:
+            return
         with torch.no_grad():
             states = [_run(dense, state, call) for state, call in zip(states, own, strict=True)]
             moved = [_run(layer, state, call) for state, call in zip(moved, own, strict=True)]

@@ -32,7 +32,6 @@ class Wanda:
     stage: ClassVar[Stage] = Stage.SPARSE
     decoders: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {"sparsity": 0.0}
-    baseline: ClassVar[str] = "magnitude:pattern=row"
 
     sparsity: float = field(default=0.5, metadata={"help": "share of the weights of linear layers that become zero"})
     pattern: Literal["layer", "row", "global", "2:4", "4:8"] = field(

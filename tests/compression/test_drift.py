@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,18 +14,22 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 from conftest import make_model
 from jobs import TEXTS, make_job
 from onnx import helper
 
 from effllm.compression import parse_method
 from effllm.compression.calibrate import Drift, feeds, within
-from effllm.compression.drift import code_in_order
 from effllm.compression.gptq import choose_codes, make_up
 from effllm.compression.int8_graph import Linears, find_linears
 from effllm.compression.layers import linears, weight_of
 from effllm.compression.layerwise import group_by_group
 from effllm.compression.pipeline import compress, export
+from effllm.compression.segments import code_in_order
+from effllm.data.english import english_sentences
+from effllm.data.packaged import minilm
+from effllm.errors import Unsupported
 from effllm.exporters.graph import Graph
 from effllm.progress import silent
 from effllm.runtime.predictor import Predictor
@@ -122,29 +129,55 @@ def test_codes_make_up_for_drift_and_keep_zeros(symmetric: bool) -> None:
     assert (better.values()[weight == 0] == 0).all()
 
 
-@pytest.mark.parametrize("architecture", ["distilbert", "modernbert"])  # of a random model either could be closer
-def test_a_model_coded_so_answers_more_like_the_dense_one(tmp_path: Path, monkeypatch, architecture: str) -> None:
-    folder = make_model(tmp_path / "model", architecture)
-    dense = Predictor.open(export(folder, tmp_path / "dense").path, threads=1)
-    method = parse_method("int4:group_size=32,embeddings=false")
+def test_a_trained_model_coded_so_answers_more_like_the_dense_one(tmp_path: Path, monkeypatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers = transformers.AutoModel.from_pretrained(minilm(), num_hidden_layers=2)
+        layers.save_pretrained(tmp_path / "model")
+        transformers.AutoTokenizer.from_pretrained(minilm()).save_pretrained(tmp_path / "model")
+    dense = Predictor.open(export(tmp_path / "model", tmp_path / "dense").path, threads=1)
+    texts = english_sentences()
+    method = parse_method("int4:embeddings=false,calibration=300")
 
     def error(name: str) -> float:
-        made = compress(folder, tmp_path / name, method=method, calib=TEXTS[:60], max_drop=1.0, threads=1)
+        made = compress(tmp_path / "model", tmp_path / name, method=method, calib=texts[:300], max_drop=1.0, threads=1)
         coded = Predictor.open(made.path, threads=1)
-        pairs = zip(*(predictor.run(encoded(dense, TEXTS[60:])) for predictor in (dense, coded)), strict=True)
-        return sum(float(np.square(a["logits"] - b["logits"]).sum()) for a, b in pairs)
+        return float(np.square(coded.embed(texts[300:500]) - dense.embed(texts[300:500])).sum())
 
     followed = error("followed")
     monkeypatch.setattr("effllm.compression.gptq.make_up", lambda weight, seen: weight)
     assert followed < error("alone")
 
 
-def test_no_more_tokens_are_taken_than_memory_is_meant_for(classifier: Path) -> None:
-    encodings = encoded(Predictor.open(classifier, threads=1), TEXTS[:3])
-    first, second, third = (len(encoding) for encoding in encodings)
-    assert within(encodings, first + second) == encodings[:2]
-    assert within(encodings, first + second + third) == encodings
-    assert within(encodings, 1) == encodings[:1], "one is taken however long it is"
+def test_tokens_past_the_limit_are_left_out_wherever_they_stand(classifier: Path) -> None:
+    encodings = encoded(Predictor.open(classifier, threads=1), TEXTS[:40])
+    total = sum(map(len, encodings))
+    assert within(encodings, total, 0) == encodings
+    half = within(encodings, total // 2, 0)
+    assert total // 2 - max(map(len, encodings)) < sum(map(len, half)) <= total // 2
+    places = [encodings.index(encoding) for encoding in half]
+    assert places == sorted(places)
+    assert places[0] < 10, "they are drawn from everywhere, not from the front"
+    assert places[-1] >= 30
+    assert half != within(encodings, total // 2, 1)
+    assert len(within(encodings, 1, 0)) == 1, "one is taken however long it is"
+
+
+def test_texts_without_a_token_are_refused(classifier: Path) -> None:
+    (encoding,) = encoded(Predictor.open(classifier, threads=1), TEXTS[:1])
+    empty = dataclasses.replace(encoding, ids=[])
+    assert within([empty, encoding], 100, 0) == [encoding]
+    with pytest.raises(Unsupported, match="no calibration text has a token"):
+        within([empty], 100, 0)
+
+
+def test_layers_that_run_twice_are_refused(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "chunk_size_feed_forward": 1}))
+    job = make_job(folder, tmp_path / "work", texts=TEXTS[:3])
+    with pytest.raises(Unsupported, match=r"encoder.layer.0 run several times"):
+        list(group_by_group(job.model, job.encodings()))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert", "modernbert"])
