@@ -88,7 +88,7 @@ class Auto:
     precision: Literal["fp32", "bf16"] = field(
         default="fp32", metadata={"help": "how distillation computes products: in fp32, or in bf16 by autocast"}
     )
-    seed: int = field(default=0, metadata={"help": "decides calibration texts and training order"})
+    seed: int = field(default=0, metadata={"help": "decides texts and their order in training"})
 
     def __post_init__(self) -> None:
         if self.target_speedup and self.target_size:

@@ -20,14 +20,16 @@ def judge(comparison: Comparison, max_drop: float) -> Verdict:
     """Judge a comparison.
 
     With reference answers, the drop is the share of the dense metric that is lost, or that an error rises by. Without,
-    and where the dense model scores 0, it is one minus the agreement with the dense model: answers for classifiers,
+    and where the dense model scores 0 or less, it is one minus the agreement with the dense model: answers for classifiers,
     taggers and readers, likeliest next tokens for decoders, mean cosine for embeddings.
     """
     drop = comparison.drop
     if comparison.can_fall:
         what = f"{comparison.metric} {'rise' if comparison.task.lower_is_better else 'drop'} {_percent(drop)} of dense"
     else:
-        why = f"the dense model's {comparison.metric} is 0" if comparison.labelled else "no labelled data was given"
+        why = "no labelled data was given"
+        if comparison.labelled:
+            why = f"the dense model's {comparison.metric} is {comparison.task.score(comparison.dense):.3g}"
         what = f"disagreement with dense {_percent(drop)} ({why})"
     passed = drop <= max_drop
     return Verdict(passed, drop, f"{what}, {'within' if passed else 'more than'} {allowance(max_drop)}")

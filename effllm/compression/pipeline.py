@@ -123,7 +123,7 @@ def compress(
         from effllm.compression.search import search  # noqa: PLC0415 - it calls this function for its trials
 
         auto = cast(Auto, methods[0])
-        return search(source, target, auto, given, max_drop=max_drop, threads=cores, force=force, track=track)
+        return search(source, target, auto, given, chosen, max_drop=max_drop, threads=cores, force=force, track=track)
     for one in methods:
         if one.stage < Stage.GRAPH:
             cast(WeightsMethod, one).check(source)
@@ -185,7 +185,10 @@ class _Run:
         label = " + ".join(method.name for method in self.methods)
         before = _linear_weights(self.source.model)
         name, threads = self.source.task.name, self.threads
-        dense = Predictor.open(self.source.folder.path, task=name, engine="torch", threads=threads, name="dense")
+        folder, task = self.source.folder, self.source.task
+        tokenizer = TextTokenizer.of(self.source.tokenizer.backend_tokenizer, folder)
+        opened = open_engine("torch", folder.path, auto_class=task.auto_class, threads=threads)
+        dense = Predictor("dense", folder, task, tokenizer, opened)
         source = self._change_weights()
         write_layout(source, self.staging)
         with quiet():
@@ -193,7 +196,7 @@ class _Run:
         source.model.set_attn_implementation("sdpa")  # what a reloaded model takes, so that equal means equal
         engine = TorchEngine(source.model)
         expected = _raw_outputs(
-            Predictor(label, source.folder, source.task, dense.tokenizer, engine), self.gate[:PROBES]
+            Predictor(label, source.folder, source.task, tokenizer, engine), self.gate[:PROBES]
         )
         other = Predictor.open(self.staging, task=name, engine="torch", threads=threads, name=label)
         comparison = compare(dense, other, self.gate, self.texts.gate.data, self.track)
@@ -219,8 +222,10 @@ class _Run:
         if len(self.methods) > 1:
             source, start = self._change_weights(), self.work / "start.onnx"
             agreement = _export_graph(source, start, self.track)
+        config = {"architectures": [type(source.model).__name__], **source.folder.config}
         # The torch model goes: from here on the exported graph is the model, and memory is the user's.
-        source = self.source = dataclasses.replace(source, model=None)
+        folder = dataclasses.replace(source.folder, config=config)
+        source = self.source = dataclasses.replace(source, folder=folder, model=None)
         job = GraphJob(
             source=source,
             start=start,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,9 +87,13 @@ def open_teacher(source: Source, teacher: str | Path, methods: Sequence[Method])
 
 
 def planned_steps(job: WeightsJob, method: Training) -> int:
-    """Return how many optimiser steps the training of a method takes."""
-    batch = min(method.batch_size, len(job.train))
-    return method.steps or max(1, round(method.epochs * len(job.train) / batch))
+    """Return how many optimiser steps the training of a method takes; a pass goes over all windows of long passages."""
+    if method.steps:
+        return method.steps
+    inputs, task = len(job.train), job.source.task
+    if task.name == "question-answering":
+        inputs = sum(len(task.encode(job.tokenizer, example)) for example in job.train)
+    return max(1, round(method.epochs * inputs / min(method.batch_size, len(job.train))))
 
 
 def recover(
@@ -120,7 +125,11 @@ def recover(
     source = job.source
     folder = job.teacher or open_folder(source.folder.path)
     teacher = load_trained(folder, source.task.auto_class)
-    lesson = Lesson(source.task, source.head, job.tokenizer, job.train, teacher, read_pooling(folder.path).mode)
+    head = source.head
+    if method.label_weight > 0 and source.task.name == "sentence-similarity":
+        scores = [float(example.gold) for example in job.train]
+        head = dataclasses.replace(head, score_range=(min(scores), max(scores)))
+    lesson = Lesson(source.task, head, job.tokenizer, job.train, teacher, read_pooling(folder.path).mode)
     losses = []
     with contextlib.closing(retrain(job.model, lesson, settings, job.work)) as records:
         for record in job.track(records, f"{TRAINING} ({method.name})", steps):

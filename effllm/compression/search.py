@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,11 +30,11 @@ from effllm.progress import Track, bounded, silent
 from effllm.rows import Row
 from effllm.runtime.predictor import Predictor
 from effllm.settings import to_json
-from effllm.tasks import task_of
+from effllm.tasks import Task
 from effllm.variant import MANIFEST, Variant, create, read_manifest, sha256, weights_digest
 
 EVERY_DROP = 2.0
-"""The drop that a trial may have: any. The search judges."""
+"""The drop that a step of a trial may have: any. The search judges the whole."""
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Trials:
     given: Given
     texts: Texts
     folder: Path
+    max_drop: float
     threads: int
     track: Track
 
@@ -60,24 +62,33 @@ class Trials:
         return self._measured(specs, made, time.monotonic() - started)
 
     def _variant(self, model: Path, specs: Sequence[str], track: Track, prefix: Sequence[str] = ()) -> Path:
-        """Return the folder of a row of methods on a model, made if it is not there."""
+        """Return the folder of a row of methods on a model, made if it is not there.
+
+        A method of the graph chooses its form by the gate; where none passes, by speed, so that there is a trial.
+        """
         key = hashlib.sha256(json.dumps([*prefix, *specs]).encode()).hexdigest()[:16]
-        out = self.folder / key
-        if not (out / MANIFEST).is_file():
-            pipeline.compress(
-                model,
-                out,
-                method=[parse_method(spec) for spec in specs],
-                task=self.source.task.name,
-                calib=self.given.calib,
-                train=self.given.train,
-                dev=self.given.dev,
-                columns=self.given.columns,
-                dev_limit=self.given.dev_limit,
-                max_drop=EVERY_DROP,
-                threads=self.threads,
-                track=track,
-            )
+        out, methods = self.folder / key, [parse_method(spec) for spec in specs]
+        if (out / MANIFEST).is_file():
+            return out
+        make = functools.partial(
+            pipeline.compress,
+            model,
+            out,
+            method=methods,
+            task=self.source.task.name,
+            calib=self.given.calib,
+            train=self.given.train,
+            dev=self.given.dev,
+            columns=self.given.columns,
+            dev_limit=self.given.dev_limit,
+            threads=self.threads,
+            track=track,
+        )
+        if methods[-1].stage is Stage.GRAPH:
+            with contextlib.suppress(GateFailed):
+                make(max_drop=self.max_drop)
+                return out
+        make(max_drop=EVERY_DROP)
         return out
 
     def _measured(self, specs: tuple[str, ...], folder: Path, seconds: float) -> Trial:
@@ -116,14 +127,16 @@ def search(
     target: Path,
     auto: Auto,
     given: Given,
+    task: Task,
     *,
     max_drop: float,
     threads: int,
     force: bool,
     track: Track = silent,
 ) -> Variant:
-    """Run the search of `auto` on a model and publish the best trial as `target`.
+    """Run the search of `auto` on a model and publish the best trial as `target`, a model of `task`.
 
+    Trials are judged on the source's task, which can be another one: embeddings are scored as similarities.
     The trials are in `.TARGET.search` beside it until one is published, from where the same command goes on. Raises
     GateFailed with the rows of all trials when none is within `max_drop`.
     """
@@ -133,7 +146,7 @@ def search(
     searches = target.absolute().parent / f".{target.name}.search"
     folder = searches / identity[:16]  # what another model, other data or other settings made is not taken up
     folder.mkdir(parents=True, exist_ok=True)
-    trials = Trials(source, given, texts, folder, threads, track)
+    trials = Trials(source, given, texts, folder, max_drop, threads, track)
     runs = Search(trials.make, folder / "trials.jsonl", identity)
     try:
         best = auto.search(runs, max_drop, distil=given.train is not None)
@@ -146,12 +159,13 @@ def search(
         shutil.copytree(folder / best.folder, staging, dirs_exist_ok=True)
         parts = read_manifest(staging)
         (staging / MANIFEST).unlink()
-        extra = {key: parts[key] for key in ("opset", "parity", "batch_dependent", "details", "gate", "calibration")}
-        extra |= {"max_drop": max_drop, "trials": [_summary(trial) for trial in runs.all]}
+        extra = {key: parts[key] for key in ("opset", "parity", "batch_dependent", "details", "calibration")}
+        extra |= {"max_drop": max_drop, "gate": texts.gate.entry(), "trials": [_summary(trial) for trial in runs.all]}
         steps = [{"verb": "compress", "method": auto.name, "settings": to_json(auto)}, *_own_steps(parts, source)]
-        kept = [note for note in parts["notes"] if not note.endswith(allowance(EVERY_DROP))]
+        verdicts = tuple(allowance(drop) for drop in (EVERY_DROP, max_drop))  # of steps: the search judges the whole
+        kept = [note for note in parts["notes"] if not note.endswith(verdicts)]
         notes = [*kept, *_notes(auto, best, runs, max_drop)]
-        published = Source(source.folder, task_of(source.folder, parts["task"]), None, None, source.head)
+        published = Source(source.folder, task, None, None, source.head)
         pipeline.finish(published, staging, steps, parts["model_file"], _rows(runs.all), notes, extra)
         Predictor.open(staging, threads=threads)
     shutil.rmtree(searches)

@@ -16,6 +16,7 @@ from effllm.errors import SettingError, Unsupported
 from effllm.exporters.source import Source
 from effllm.tasks import Example
 from effllm.tasks.text_classification import gives_each_label
+from effllm.train.losses import LOSSES
 
 CALIBRATION = 500
 GATE_EXAMPLES = 400
@@ -89,6 +90,8 @@ def choose_texts(source: Source, methods: Sequence[Method], given: Given) -> Tex
     if not gate.examples:
         gate = _unlabelled_gate(source, pool, train, calibrating=bool(counts))
         notes.append("no labelled data was given (--dev): the gate is on agreement with the dense model")
+    if len(gate.examples) < FEW_TEXTS:
+        notes.append(f"the gate judges by {len(gate.examples)} texts alone; {FEW_TEXTS} or more are better (--dev)")
     calibration = Part(distinct(without(pool.examples, gate.examples)), pool.data)
     fewest = min([len(calibration.examples), *counts])
     if counts and not fewest:
@@ -146,9 +149,15 @@ def _training(source: Source, methods: Sequence[Method], given: Given, gate: Seq
         raise Unsupported(
             f"--method {taught[0].name}: label_weight is for models that give a text one label; this one gives several"
         )
+    if taught and source.task.name not in LOSSES:
+        raise Unsupported(
+            f"--method {taught[0].name}: label_weight is for {', '.join(LOSSES)}, not for {source.task.name}"
+        )
     gold = bool(taught)
     examples = read_examples(file, source.task, source.head, gold=gold, columns=given.columns)
     left = without(examples, gate)
+    if gold and source.task.name == "sentence-similarity" and len({example.gold for example in left}) == 1:
+        raise SettingError(f"{file.name} has one score only, {left[0].gold:g}; there is nothing to learn from it")
     if not left:
         raise SettingError(f"every text of {file.name} is also in the evaluation data; train on other texts")
     return Part(left, file.name)

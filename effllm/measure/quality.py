@@ -108,8 +108,11 @@ class Comparison:
 
     @property
     def can_fall(self) -> bool:
-        """Whether there is a metric to lose: reference answers, of which the dense model gets some."""
-        return self.labelled and self.task.score(self.dense) != 0
+        """Whether there is a metric to lose: reference answers, of which the dense model gets some.
+
+        A correlation below zero says that model and reference count in opposite directions, so nothing can be lost.
+        """
+        return self.labelled and self.task.score(self.dense) > 0
 
     @property
     def drop(self) -> float:
@@ -121,7 +124,7 @@ class Comparison:
             return 1.0 - self.agreement
         dense = self.task.score(self.dense)
         lost = dense - self.task.score(self.other)
-        return (-lost if self.task.lower_is_better else lost) / abs(dense)
+        return (-lost if self.task.lower_is_better else lost) / dense
 
     def rows(self) -> list[Row]:
         """Return the comparison as rows."""

@@ -114,12 +114,13 @@ class TextClassification(Task):
     def agreements(self, first: Any, second: Any) -> list[float]:
         """Return whether the labels are the same; for a one-output head, one minus the difference of the outputs.
 
-        For a head with several labels per text, whether the models agree on giving it, for each label.
+        For a head with several labels per text, how many of those that either model gives both give (Jaccard's index).
         """
         if "scores" not in first:
             return [max(0.0, 1.0 - abs(first["score"] - second["score"]))]
         if "labels" in first:
-            return [float((label in first["labels"]) == (label in second["labels"])) for label in first["scores"]]
+            either, both = (op(set(first["labels"]), set(second["labels"])) for op in (set.union, set.intersection))
+            return [len(both) / len(either) if either else 1.0]
         return [float(first["index"] == second["index"])]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:

@@ -96,8 +96,9 @@ class TokenClassification(Task):
         return [{"labels": labels}]
 
     def agreements(self, first: Any, second: Any) -> list[float]:
-        """Return for each word whether the tags are the same."""
-        return [float(a == b) for a, b in zip(first["tags"], second["tags"], strict=True)]
+        """Return for each word whether the tags are the same; words that were cut off, which score 0, do not count."""
+        tagged = zip(first["tags"], second["tags"], first["scores"], strict=True)
+        return [float(a == b) for a, b, score in tagged if score]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
         """Return (spans right, spans predicted, spans in the reference)."""
