@@ -325,3 +325,24 @@ def test_a_tokenizer_gets_the_class_that_its_parts_fit(model_type: str, backend:
     # Transformers 4 lower-cases, and drops the leading space, unless the settings say otherwise.
     assert settings.get("do_lower_case") is (False if expected == "BertTokenizer" else None)
     assert settings.get("add_prefix_space") == (backend.get("pre_tokenizer") or {}).get("add_prefix_space")
+
+
+def test_a_config_that_names_no_class_gets_that_of_the_model(classifier: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(classifier, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    del config["architectures"]
+    (model / "config.json").write_text(json.dumps(config))
+    task = "text-classification"
+    made = effllm.compress(model, tmp_path / "out", method=STATIC, task=task, calib=TEXTS, max_drop=1.0, threads=1)
+    assert json.loads((made.path / "config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
+
+
+def test_a_model_with_a_vocabulary_file_alone_is_pruned(classifier: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(classifier, tmp_path / "model"))
+    words = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    (model / "vocab.txt").write_text("".join(f"{word}\n" for word in sorted(words, key=words.get)))
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    method = effllm.parse_method("magnitude:sparsity=0.1")
+    made = effllm.compress(model, tmp_path / "out", method=method, calib=TEXTS, max_drop=1.0, threads=1)
+    assert effllm.open(made.path, threads=1).predict("a fox")["label"] in LABELS["text-classification"]

@@ -20,8 +20,8 @@ def judge(comparison: Comparison, max_drop: float) -> Verdict:
     """Judge a comparison.
 
     With reference answers, the drop is the share of the dense metric that is lost, or that an error rises by. Without,
-    and where the dense model scores 0 or less, it is one minus the agreement with the dense model: answers for classifiers,
-    taggers and readers, likeliest next tokens for decoders, mean cosine for embeddings.
+    and where the dense model scores 0 or less, it is one minus the agreement with the dense model: answers for
+    classifiers, taggers and readers, likeliest next tokens for decoders, mean cosine for embeddings.
     """
     drop = comparison.drop
     if comparison.can_fall:

@@ -32,7 +32,9 @@ from effllm.hf import describe_in_config, quiet
 from effllm.measure.quality import compare
 from effllm.progress import Track, silent
 from effllm.rows import Row
+from effllm.runtime.engine import open_engine
 from effllm.runtime.predictor import Predictor
+from effllm.runtime.tokenizer import TextTokenizer
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import Example, Task, scoring, task_of
@@ -195,9 +197,7 @@ class _Run:
             source.model.save_pretrained(self.staging)
         source.model.set_attn_implementation("sdpa")  # what a reloaded model takes, so that equal means equal
         engine = TorchEngine(source.model)
-        expected = _raw_outputs(
-            Predictor(label, source.folder, source.task, tokenizer, engine), self.gate[:PROBES]
-        )
+        expected = _raw_outputs(Predictor(label, source.folder, source.task, tokenizer, engine), self.gate[:PROBES])
         other = Predictor.open(self.staging, task=name, engine="torch", threads=threads, name=label)
         comparison = compare(dense, other, self.gate, self.texts.gate.data, self.track)
         verdict = judge(comparison, self.max_drop)

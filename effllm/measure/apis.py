@@ -22,13 +22,17 @@ SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One endpoint of a server. `model` is the served model's name, `oip_input` the OIP input that takes text."""
+    """One endpoint of a server. `model` is the served model's name, `oip_input` the OIP input that takes text.
+
+    `nested` says that several texts are lists of one each: where TEI classifies, a flat list is one text or one pair.
+    """
 
     server: Server
     api: str
     path: str
     model: str = ""
     oip_input: str = ""
+    nested: bool = False
 
     def request(self, texts: Sequence[str]) -> bytes:
         """Return the request for some texts as it goes over the wire."""
@@ -41,7 +45,8 @@ class Endpoint:
         if self.api == "oip":
             data = {"name": self.oip_input, "shape": [len(texts)], "datatype": "BYTES", "data": texts}
             return {"inputs": [data]}
-        return {"inputs": texts, **({"model": self.model} if self.model else {})}
+        inputs = [[text] for text in texts] if self.nested and len(texts) > 1 else texts
+        return {"inputs": inputs, **({"model": self.model} if self.model else {})}
 
 
 async def find_endpoint(
@@ -59,7 +64,8 @@ async def find_endpoint(
     if api == "tei":
         if not path and task not in TEI_PATHS:
             raise SettingError(f"--api tei takes --task {' or '.join(TEI_PATHS)}, got {task!r}; or give --path")
-        return Endpoint(server, api, prefix + (path or TEI_PATHS.get(task, "")), model)
+        classifies = task == "text-classification"
+        return Endpoint(server, api, prefix + (path or TEI_PATHS.get(task, "")), model, nested=classifies)
     if api == "openai":
         # An OpenAI base URL ends in /v1; a bare address stands for the root of the server.
         base = prefix or "/v1"

@@ -105,10 +105,15 @@ class TextTokenizer:
         """Encode a text or a pair, truncating the longer one first to `max_length` tokens."""
         return self._encode_truncated(text, pair)
 
-    def pieces(self, text: str) -> list[tuple[int, str, bool, int, int]]:
-        """Return every token of a text, none cut off: its id, text, whether it is special, first character and end."""
+    def pieces(self, text: str, most: int | None = None) -> list[tuple[int, str, bool, int, int]]:
+        """Return every token of a text, none cut off: its id, text, whether it is special, first character and end.
+
+        Raises OverflowError for a text of more than `most` tokens.
+        """
         self._backend.no_truncation()
         raw = self._raw(text, None)
+        if most is not None and len(raw) > most:
+            raise OverflowError(f"{len(raw)} tokens are more than {most}")
         marks = zip(raw.ids, raw.tokens, raw.special_tokens_mask, raw.offsets, strict=True)
         return [(token, piece, bool(special), start, end) for token, piece, special, (start, end) in marks]
 
@@ -123,11 +128,11 @@ class TextTokenizer:
         tokens.
         """
         self._backend.no_truncation()
-        ids = self._backend.encode(question, add_special_tokens=False)
+        (ids,) = self._backend.encode_batch([question], add_special_tokens=False)
         lost = max(0, len(ids.ids) - length // 2)
         if lost:
             question = question[: ids.offsets[length // 2 - 1][1]]
-        used = len(self._backend.encode(question, "").ids)
+        used = len(self._raw(question, ""))
         stride = max(0, min(stride, (length - used) // 2))
         self._backend.enable_truncation(length, stride=stride, strategy="only_second")
         first = self._raw(question, passage)
@@ -145,30 +150,50 @@ class TextTokenizer:
         return [dataclasses.replace(whole, **{p: getattr(whole, p)[s : s + length] for p in parts}) for s in starts]
 
     def _encode_truncated(self, text: Any, pair: str | None, *, is_pretokenized: bool = False) -> Encoding:
-        self._backend.enable_truncation(self.max_length, strategy="longest_first")
-        raw, lost = self._raw(text, pair, is_pretokenized=is_pretokenized), 0
-        if raw.overflowing:
-            # The overflow of a pair combines the parts of both texts, so its tokens cannot simply be counted.
-            self._backend.no_truncation()
-            lost = len(self._raw(text, pair, is_pretokenized=is_pretokenized).ids) - len(raw.ids)
-        return self._encoding(raw, lost)
+        """Encode and cut here: of a pair the library would make every part of one text with every part of the other."""
+        self._backend.no_truncation()
+        raw = self._raw(text, pair, is_pretokenized=is_pretokenized)
+        if len(raw) <= self.max_length:
+            return self._encoding(raw)
+        places = raw.sequence_ids
+        counts = places.count(0), places.count(1)
+        kept = longest_first(*counts, max(0, self.max_length - (len(places) - sum(counts))))
+        first = [places.index(which) if count else 0 for which, count in enumerate(counts)]
+        chosen = [index for index, p in enumerate(places) if p is None or index - first[p] < kept[p]]
+        return self._encoding(raw, sum(counts) - sum(kept), chosen)
 
     def _raw(self, text: Any, pair: str | None, *, is_pretokenized: bool = False) -> Any:
         """Encode as a batch of one: `encode` would hold the interpreter lock, seconds for a megabyte."""
         given = text if pair is None else (text, pair)
         return self._backend.encode_batch([given], is_pretokenized=is_pretokenized)[0]
 
-    def _encoding(self, raw: Any, lost: int = 0) -> Encoding:
+    def _encoding(self, raw: Any, lost: int = 0, chosen: Sequence[int] | None = None) -> Encoding:
+        """Wrap what the library gave, of it the chosen tokens."""
+
+        def part(values: list[Any]) -> list[Any]:
+            return values if chosen is None else [values[index] for index in chosen]
+
         return Encoding(
-            ids=raw.ids,
-            type_ids=raw.type_ids,
-            special=[bool(s) for s in raw.special_tokens_mask],
-            word_ids=raw.word_ids,
-            sequence_ids=raw.sequence_ids,
-            offsets=raw.offsets,
+            ids=part(raw.ids),
+            type_ids=part(raw.type_ids),
+            special=[bool(s) for s in part(raw.special_tokens_mask)],
+            word_ids=part(raw.word_ids),
+            sequence_ids=part(raw.sequence_ids),
+            offsets=part(raw.offsets),
             tokenizer=self,
             truncated_tokens=lost,
         )
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Return how many tokens of two texts are kept where `room` are: the longer one is cut first, then both in turn.
+
+    One token that is left over goes to the longer text, of two as long to the second.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (short, room - short) if first <= second else (room - short, short)
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -107,6 +107,9 @@ class Operation:
         if self.method != "POST":
             return await self.answer(shared, call, None)
         if self.body is not None:
+            if b"inference-header-content-length" in call.headers:
+                message = "the binary data extension is not spoken here; send tensors as JSON"
+                raise HttpError(400, "binary_data", message)
             check_content_type(call.headers, optional=self.untyped_body)
         content = await read_body(call.headers, receive, shared.settings)
         value = parse(self.body, content) if self.body is not None else None

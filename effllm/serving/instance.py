@@ -157,10 +157,12 @@ class Instance:
         def tokens(tokenizer: TextTokenizer) -> list[list[TokenPiece]]:
             found, room = [], TOKENISED_TOKENS
             for index, text in enumerate(texts):
-                pieces = tokenizer.pieces(text)
+                try:
+                    pieces = tokenizer.pieces(text, room)
+                except OverflowError:
+                    message = f"the texts up to input {index} have more than {TOKENISED_TOKENS} tokens"
+                    raise TooLong(message, index) from None
                 room -= len(pieces)
-                if room < 0:
-                    raise TooLong(f"the texts up to input {index} have more than {TOKENISED_TOKENS} tokens", index)
                 found.append([TokenPiece(*piece) for piece in pieces])
             return found
 

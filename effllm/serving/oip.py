@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import orjson
@@ -12,7 +12,7 @@ import pydantic
 from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, timings
 from effllm.serving.forms import HttpError
 from effllm.serving.refusals import UnknownModel
-from effllm.serving.served import EMBEDDING, Answers, ServedModel
+from effllm.serving.served import EMBEDDING, Answers, ModelInfo, ServedModel
 from effllm.serving.tei import any_model, prepared, reply_of
 from effllm.serving.tei_bodies import Batch, Texts
 from effllm.tasks import Example
@@ -29,7 +29,7 @@ class InputTensor(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, extra="ignore")
 
     name: str = pydantic.Field(description="`text`, or `text_pair` for the second texts of pairs.", examples=["text"])
-    shape: list[int] = pydantic.Field(examples=[[1]])
+    shape: list[int] = pydantic.Field(fail_fast=True, examples=[[1]])
     datatype: str = pydantic.Field(description="BYTES", examples=["BYTES"])
     data: Texts | Batch = pydantic.Field(examples=[["A quiet, lovely film."]])
     parameters: dict[str, Any] | None = None
@@ -51,7 +51,9 @@ class InferRequest(pydantic.BaseModel):
 
     inputs: list[InputTensor] = pydantic.Field(fail_fast=True)
     id: str | None = None
-    outputs: list[OutputChoice] | None = pydantic.Field(default=None, description="All outputs by default.")
+    outputs: Annotated[list[OutputChoice], pydantic.FailFast()] | None = pydantic.Field(
+        default=None, description="All outputs by default."
+    )
     parameters: dict[str, Any] | None = None
 
 
@@ -167,22 +169,21 @@ async def metadata(shared: Shared, call: Call, body: None) -> Reply:
 
 async def infer(shared: Shared, call: Call, body: InferRequest) -> Reply:
     """Answer texts: embeddings, class scores and labels, or for other tasks each answer as JSON text."""
-    if b"inference-header-content-length" in call.headers:
-        raise HttpError(400, "binary_data", "the binary data extension is not spoken here; send tensors as JSON")
     model = _model(shared, call)
-    task = model.info.task
+    info = model.info  # a reload can change it before the answer is there
+    task = info.task
     examples = _examples(body.inputs, task)
     texts = [part for e in examples for part in (e.text, e.text_pair) if isinstance(part, str)]
     check_texts(shared.settings, len(examples), texts)
     embedding = task in EMBEDDING
     answers = await ask(shared, call, model, prepared(task, examples), task=EMBEDDING[0] if embedding else "")
-    outputs = _outputs(model, examples, answers)
+    outputs = _outputs(info, examples, answers)
     wanted = [choice.name for choice in body.outputs or []] or list(outputs)
     for index, name in enumerate(wanted):
         if name not in outputs:
-            message = f"{model.info.name} has no output {name[:80]!r}; it has {', '.join(outputs)}"
+            message = f"{info.name} has no output {name[:80]!r}; it has {', '.join(outputs)}"
             raise HttpError(400, "unknown_output", message, param=f"outputs.{index}.name")
-    value = {"model_name": model.info.name, "model_version": VERSION, "outputs": [outputs[name] for name in wanted]}
+    value = {"model_name": info.name, "model_version": VERSION, "outputs": [outputs[name] for name in wanted]}
     return json_reply(value | ({"id": body.id} if body.id is not None else {}), timings(call, answers))
 
 
@@ -213,8 +214,8 @@ def _size(shape: Sequence[int]) -> int:
     return shape[0] * (shape[1] if len(shape) == 2 else 1)
 
 
-def _outputs(model: ServedModel, examples: Sequence[Example], answers: Answers) -> dict[str, dict[str, Any]]:
-    values, info = [result.value for result in answers.results], model.info
+def _outputs(info: ModelInfo, examples: Sequence[Example], answers: Answers) -> dict[str, dict[str, Any]]:
+    values = [result.value for result in answers.results]
     if info.task in EMBEDDING:
         return _tensors({"embeddings": np.stack(values)})
     if info.task == "text-classification":
@@ -222,7 +223,7 @@ def _outputs(model: ServedModel, examples: Sequence[Example], answers: Answers) 
         scores = np.array([[own[label] for label in info.labels] for own in named], dtype=np.float32)
         return _tensors({"scores": scores, "labels": [value["label"] for value in values]})
     pairs = zip(examples, values, strict=True)
-    return _tensors({"answers": [orjson.dumps(reply_of(model, e, value)).decode() for e, value in pairs]})
+    return _tensors({"answers": [orjson.dumps(reply_of(info, e, value)).decode() for e, value in pairs]})
 
 
 def _tensors(values: dict[str, Any]) -> dict[str, dict[str, Any]]:

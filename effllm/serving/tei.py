@@ -19,7 +19,7 @@ from effllm.serving.answers import (
 )
 from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, checked, json_reply, timings
 from effllm.serving.forms import HttpError
-from effllm.serving.refusals import BadInput, WrongTask
+from effllm.serving.refusals import BadInput, TooLong, WrongTask
 from effllm.serving.served import EMBEDDING, POOLED, TOKEN_STATES, ModelInfo, ServedModel, TokenPiece
 from effllm.serving.tei_bodies import (
     AnyRequest,
@@ -37,6 +37,9 @@ from effllm.tasks.feature_extraction import unit as to_unit
 PREDICTING = ("text-classification", "token-classification", "fill-mask", "question-answering")
 EMBED_ALL_INPUTS = 32
 """The most texts of one /embed_all: each token of each text is a vector, hundreds of megabytes of JSON beyond it."""
+FILLED_CHARACTERS = 8_000_000
+"""The most characters that the texts of a request have, each counted once for each of its masks: every word that could
+stand there is answered in a copy of the whole text."""
 
 
 def _find(shared: Shared, call: Call, name: str | None, *tasks: str) -> ServedModel:
@@ -103,13 +106,14 @@ async def embed_all(shared: Shared, call: Call, body: EmbedAllRequest) -> Reply:
 async def predict(shared: Shared, call: Call, body: PredictRequest) -> Reply:
     """Answer texts with a model that classifies, tags, fills masks or answers questions."""
     model = _predictor(shared, call.parameters.get("name", body.model), body.inputs)
-    task = model.info.task
+    info = model.info  # a reload can change it before the answer is there
+    task = info.task
     examples, single = examples_of(task, body.inputs)
     texts = [part for e in examples for part in (e.text, e.text_pair) if isinstance(part, str)]
     check_texts(shared.settings, len(examples), texts)
     answers = await ask(shared, call, model, prepared(task, examples), truncate=body.truncate)
     replies = [
-        reply_of(model, example, result.value, raw=body.raw_scores)
+        reply_of(info, example, result.value, raw=body.raw_scores)
         for example, result in zip(examples, answers.results, strict=True)
     ]
     return json_reply(replies[0] if single else replies, timings(call, answers))
@@ -158,20 +162,26 @@ def prepared(task: str, examples: Sequence[Example]) -> list[Example]:
     if task == "token-classification":
         return [words_of(str(example.text)) for example in examples]
     if task == "fill-mask":
+        characters = 0
         for index, example in enumerate(examples):
-            if not MASKS.search(str(example.text)):
+            masks = len(MASKS.findall(str(example.text)))
+            if not masks:
                 raise BadInput("there is no [MASK] in the text", index)
+            characters += masks * len(str(example.text))
+            if characters > FILLED_CHARACTERS:
+                message = f"texts times their masks have more than {FILLED_CHARACTERS} characters up to input {index}"
+                raise TooLong(message, index)
         return [Example(masked_text(str(example.text))) for example in examples]
     return list(examples)
 
 
-def reply_of(model: ServedModel, example: Example, value: Any, *, raw: bool = False) -> Any:
+def reply_of(info: ModelInfo, example: Example, value: Any, *, raw: bool = False) -> Any:
     """Return one answer in the form of its task."""
-    if model.info.task == "text-classification":
-        return classes(value, model.info.labels, raw=raw)
-    if model.info.task == "token-classification":
+    if info.task == "text-classification":
+        return classes(value, info.labels, raw=raw)
+    if info.task == "token-classification":
         return entity_groups(value, str(example.text))
-    if model.info.task == "fill-mask":
+    if info.task == "fill-mask":
         return fillings(value, str(example.text))
     return span_answer(value)
 

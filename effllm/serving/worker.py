@@ -136,8 +136,8 @@ class Worker:
 
 def _work(theirs: socket.socket, settings: WorkerSettings) -> None:
     """Load the model, then run batches until the server closes its end."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)  # the server decides when to end, after it has drained
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)  # the server decides what they mean, and when to end
     end = BlockingEnd(theirs)
     try:
         wide = _open(settings)

@@ -13,6 +13,7 @@ import pytest
 from conftest import LABELS, WORDS, make_model
 
 import effllm
+from effllm.compression import pipeline
 from effllm.compression.auto import CLOSE, Auto, Search, Trial
 from effllm.errors import GateFailed, SettingError, Unsupported
 from effllm.progress import SURE, SURE_S, OutOfTime, bounded, silent
@@ -279,3 +280,35 @@ def test_the_result_is_a_variant_with_every_trial_in_its_rows(searched: effllm.V
     assert any(note.startswith("chosen: int8") for note in searched.manifest["notes"])
     assert effllm.open(searched.path, threads=1).predict("good movie")["label"] in LABELS["text-classification"]
     assert not list(searched.path.parent.glob(".out.search"))
+
+
+def test_embeddings_that_were_scored_as_similarities_are_published_as_embeddings(tmp_path: Path) -> None:
+    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(3 + i % 6)) for i in range(80)]
+    dev = tmp_path / "pairs.jsonl"
+    pairs = zip(texts[:40:2], texts[1:40:2], strict=True)
+    dev.write_text("".join(json.dumps({"text": a, "text_pair": b, "score": len(a) - len(b)}) + "\n" for a, b in pairs))
+    model = make_model(tmp_path / "model", "bert", "feature-extraction")
+    made = effllm.compress(
+        model, tmp_path / "out", method=Auto(budget_minutes=0.001), dev=dev, calib=texts[40:], max_drop=1.0, threads=1
+    )
+    assert made.task == "feature-extraction"
+    assert made.manifest["gate"]["data"] == "pairs.jsonl"
+    assert effllm.open(made.path, threads=1).embed(["fox", "dog"]).shape[0] == 2
+
+
+def test_the_form_of_int8_is_the_one_that_passes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where none does, any form is a trial: the search needs to know how much is lost."""
+    model, asked = make_model(tmp_path / "model"), []
+    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(3 + i % 6)) for i in range(80)]
+    compress = pipeline.compress
+
+    def noted(*given, **settings):
+        asked.append(settings["max_drop"])
+        if settings["max_drop"] == 0.02:
+            raise GateFailed("int8: lost", [])
+        return compress(*given, **settings)
+
+    monkeypatch.setattr(pipeline, "compress", noted)
+    made = compress(model, tmp_path / "out", method=Auto(budget_minutes=0.001), calib=texts, max_drop=0.02, threads=1)
+    assert asked == [0.02, 2.0]
+    assert [step["method"] for step in made.manifest["steps"]] == ["auto", "int8"]

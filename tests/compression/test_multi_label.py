@@ -36,13 +36,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_agreement_is_on_every_label() -> None:
+def test_agreement_is_the_share_of_the_labels_that_both_give() -> None:
     logits = np.array([2.0, 1.0, -3.0], np.float32)
     first, second = (TASK.decode(Example("x"), [], [{"logits": x}], HEAD) for x in (logits, logits + 6))
     assert first["labels"] == ["negative", "positive"]
     assert len(second["labels"]) == 3
-    assert TASK.agreements(first, second) == [1, 1, 0]
-    assert TASK.agreements(first, first) == [1, 1, 1]
+    none = TASK.decode(Example("x"), [], [{"logits": logits - 6}], HEAD)
+    assert TASK.agreements(first, second) == [2 / 3]
+    assert TASK.agreements(first, first) == [1]
+    assert TASK.agreements(first, none) == [0]
+    assert TASK.agreements(none, none) == [1]
 
 
 def test_a_teacher_is_matched_in_the_probability_of_each_label(model: Path, tmp_path: Path) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import make_model
+from jobs import TEXTS, make_job
 
 from effllm.compression import parse_method
 from effllm.compression.pipeline import compress
+from effllm.compression.recovery import planned_steps
 from effllm.data.english import english_sentences
 from effllm.errors import SettingError
 from effllm.folder import open_folder
 from effllm.hf import load_trained
+from effllm.tasks import Example
 from effllm.train.distil import Distillation
 from effllm.variant import Variant, weights_digest
 
@@ -113,3 +119,31 @@ def test_a_teacher_of_another_architecture_gets_the_inputs_that_it_knows(tmp_pat
         seen = Distillation(teacher, models[0], ("logits",), 2.0).teach(inputs, ("logits",)).outputs["logits"]
         known = {k: v for k, v in inputs.items() if k != "token_type_ids" or teacher is models[1]}
         assert torch.equal(seen, teacher(**known).logits)
+
+
+@pytest.mark.parametrize(("weight", "scale"), [(0.5, (0, 5)), (0, (0, 1))])
+def test_scores_are_learned_on_the_scale_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float, scale: tuple[int, int]
+) -> None:
+    model = make_model(tmp_path / "model", "bert", "feature-extraction")
+    job = make_job(model, tmp_path / "work", task="sentence-similarity")
+    job = dataclasses.replace(job, train=[Example("a fox", "a dog", score) for score in (0.0, 2.5, 5.0)])
+    seen = []
+
+    def watched(model, lesson, settings, work):
+        seen.append(lesson.head.score_range)
+        yield SimpleNamespace(loss=1.0, step=1)
+
+    monkeypatch.setattr("effllm.compression.recovery.retrain", watched)
+    parse_method(f"distil:steps=1,label_weight={weight}").apply(job)
+    assert seen == [scale]
+
+
+def test_a_pass_goes_over_every_window_of_a_long_passage(tmp_path: Path) -> None:
+    job = make_job(make_model(tmp_path / "model", "electra", "question-answering"), tmp_path / "work")
+    passage = " ".join(TEXTS[:40])
+    job = dataclasses.replace(job, train=[Example("who", passage) for _ in range(4)])
+    windows = len(job.source.task.encode(job.tokenizer, job.train[0]))
+    assert windows > 2
+    assert planned_steps(job, parse_method("distil:batch_size=2")) == 2 * windows
+    assert planned_steps(job, parse_method("distil:batch_size=2,steps=3")) == 3

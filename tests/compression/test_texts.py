@@ -16,7 +16,7 @@ from effllm.compression.method import Calibrated
 from effllm.compression.pipeline import compress
 from effllm.compression.texts import Given, Texts, choose_texts
 from effllm.data.split import digest, fingerprint
-from effllm.errors import SettingError
+from effllm.errors import SettingError, Unsupported
 from effllm.exporters.source import Source, load_source
 from effllm.folder import open_folder
 from effllm.tasks import Example, task_of
@@ -140,3 +140,18 @@ def test_training_texts_calibrate_where_nothing_trains_on_them(source: Source, t
         assert set(drawn) < set(TEXTS)
         assert not texts.train.examples
         assert not any("English" in note or "english" in note for note in texts.notes)
+
+
+def test_labels_are_learned_only_of_tasks_that_have_a_loss(tmp_path: Path) -> None:
+    model, train = make_model(tmp_path / "model", "bert", "fill-mask"), tmp_path / "train.txt"
+    train.write_text("\n".join(TEXTS))
+    method = parse_method("distil:label_weight=1")
+    with pytest.raises(Unsupported, match=r"label_weight is for text-classification, .*, not for fill-mask"):
+        compress(model, tmp_path / "out", method=method, train=train, threads=1)
+
+
+def test_a_gate_of_a_few_texts_says_so(source: Source) -> None:
+    few, _ = texts_of(source, "int8:calibration=20", calib=NUMBERED[:20])
+    assert "the gate judges by 10 texts alone; 32 or more are better (--dev)" in few.notes
+    many, _ = texts_of(source, "int8:calibration=20", calib=NUMBERED)
+    assert not [note for note in many.notes if note.startswith("the gate judges by")]

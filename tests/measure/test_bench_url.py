@@ -43,6 +43,9 @@ def test_a_named_model_is_asked_over_every_api() -> None:
         body = Endpoint(server, api, "/embed", "films").request(["a text"]).partition(b"\r\n\r\n")[2]
         assert json.loads(body)["model"] == "films"
     assert b"model" not in Endpoint(server, "tei", "/embed").request(["a text"]).partition(b"\r\n\r\n")[2]
+    classes = Endpoint(server, "tei", "/predict", nested=True)
+    assert json.loads(classes.request(["a", "b"]).partition(b"\r\n\r\n")[2]) == {"inputs": [["a"], ["b"]]}
+    assert json.loads(classes.request(["a"]).partition(b"\r\n\r\n")[2]) == {"inputs": ["a"]}
 
 
 def outcomes(run: LoadRun) -> dict[str, int]:

@@ -68,6 +68,18 @@ def test_a_dense_model_that_scores_nothing_is_judged_by_agreement() -> None:
     )
 
 
+def test_a_dense_model_that_counts_the_other_way_is_judged_by_agreement() -> None:
+    """A smaller negative correlation is no gain, and a positive one is no less changed."""
+    task = TASKS["sentence-similarity"]
+    examples = [Example("x", "y", float(score)) for score in range(4)]
+    cosines = [0.9, 0.6, 0.3, 0.0]
+    outputs = [[states(1, 0), states(cosine, (1 - cosine**2) ** 0.5)] for cosine in cosines]
+    dense, other = Written("dense", task, outputs), Written("other", task, outputs[::-1])
+    verdict = judge(compare(dense, other, examples, "dev"), 0.01)
+    assert not verdict.passed
+    assert "the dense model's spearman is -1" in verdict.reason
+
+
 def test_models_whose_outputs_differ_in_shape_are_not_compared() -> None:
     task = TASKS["text-classification"]
     two, three = Written("two", task, [logits(0, 1)]), Written("three", task, [logits(0, 1, 2)])

@@ -30,6 +30,9 @@ def tensor(name: str, *texts: str) -> dict:
     return {"name": name, "shape": [len(texts)], "datatype": "BYTES", "data": list(texts)}
 
 
+TENSOR = tensor("text", "a")
+
+
 def test_the_server_and_its_models_describe_themselves(client: Client) -> None:
     assert client.get("/v2").json()["name"] == "effllm"
     assert client.get("/v2/health/live").json() == {"live": True}
@@ -129,8 +132,18 @@ def test_a_request_of_tritonclient_has_no_content_type_and_may_be_of_rows(client
     answer = client("POST", "/v2/models/films/infer", content=json.dumps(body).encode())
     assert answer.status_code == 200
     assert answer.json()["outputs"][0]["shape"] == [2]
-    binary = {"inference-header-content-length": "10"}
-    assert client("POST", "/v2/models/films/infer", content=json.dumps(body), headers=binary).status_code == 400
+    binary = {"inference-header-content-length": "10", "content-type": "application/octet-stream"}
+    for content in (json.dumps(body).encode(), json.dumps(body).encode() + b"\x01\x00\x00\x00\xff"):
+        answer = client("POST", "/v2/models/films/infer", content=content, headers=binary)
+        assert answer.status_code == 400
+        assert "the binary data extension is not spoken here" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("wrong", [{"outputs": [0] * 10_000}, {"inputs": [{**TENSOR, "shape": ["x"] * 10_000}]}])
+def test_one_error_is_told_however_many_there_are(client: Client, wrong: dict) -> None:
+    answer = client.post("/v2/models/films/infer", {"inputs": [TENSOR], **wrong})
+    assert answer.status_code in {400, 422}
+    assert len(answer.content) < 500
 
 
 def test_a_full_queue_says_when_to_come_back(models: FakeModels, client: Client) -> None:

@@ -35,6 +35,38 @@ def test_embed_gives_a_list_of_unit_vectors_for_one_text_too(client: Client) -> 
     assert np.linalg.norm(two, axis=1) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/predict", {"inputs": "a film", "model": "films", "raw_scores": True}),
+        (
+            "/v2/models/films/infer",
+            {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a film"]}]},
+        ),
+    ],
+)
+def test_an_answer_under_way_while_its_model_is_reloaded_keeps_its_labels(
+    models: FakeModels, client: Client, path: str, body: dict
+) -> None:
+    expected = client.post(path, body).json()
+    model = models.models["films"]
+    answer = model.answer
+
+    async def reloaded(*given, **settings):
+        found = await answer(*given, **settings)
+        model.info = dataclasses.replace(model.info, labels=("one", "two"))
+        return found
+
+    model.answer = reloaded
+    assert client.post(path, body).json() == expected
+
+
+def test_masks_times_characters_are_bounded(client: Client) -> None:
+    answer = client.post("/predict", {"inputs": "[MASK] " * 300 + "a" * 30_000, "model": "masks"})
+    assert answer.status_code == 413
+    assert answer.json()["error"].startswith("inputs.0: texts times their masks have more than 8000000 characters")
+
+
 def test_embed_without_normalising_gives_the_pooled_states(models: FakeModels, client: Client) -> None:
     raw = client.post("/embed", {"inputs": "a text", "normalize": False}).json()[0]
     assert raw == pytest.approx(numbers("a text", 4 * SIZE).reshape(4, SIZE).mean(axis=0), abs=1e-6)

@@ -256,6 +256,18 @@ def test_a_worker_comes_back_once_the_machine_can_start_processes_again(
     run(classifier(folders), test)
 
 
+def test_a_hangup_of_the_whole_group_leaves_the_workers(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        pid = model.instance.worker_pid
+        os.kill(pid, signal.SIGHUP)
+        assert (await model.answer([Example("a")], deadline_s=20)).results
+        assert model.instance.worker_pid == pid
+        assert model.restarts == 0
+
+    run(classifier(folders), test)
+
+
 def test_a_worker_that_cannot_be_started_keeps_no_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refused(process: SpawnProcess) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))

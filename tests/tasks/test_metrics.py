@@ -242,3 +242,9 @@ def test_a_regression_head_is_named_after_its_metric() -> None:
     statistics = np.array([(0.1, 1.0, 0.0), (0.4, 2.0, 0.0), (0.3, 3.0, 0.0)])
     rows = quality_rows(TASKS["text-classification"], statistics, "m", "dev.jsonl")
     assert [row.metric for row in rows] == ["spearman", "pearson"]
+
+
+def test_words_that_no_model_read_are_no_agreement() -> None:
+    first = {"tags": ["O", "B-X", "O", "O"], "scores": [0.9, 0.8, 0.0, 0.0]}
+    second = {"tags": ["O", "O", "O", "O"], "scores": [0.9, 0.7, 0.0, 0.0]}
+    assert TASKS["token-classification"].agreements(first, second) == [1.0, 0.0]

@@ -1,0 +1,95 @@
+"""What is cut off texts that are too long."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import WORDS, make_model, make_tokenizer
+
+from effllm.folder import open_folder
+from effllm.runtime.tokenizer import TextTokenizer, longest_first
+
+TEXTS = [" ".join(WORDS[(7 * count + i) % len(WORDS)] for i in range(count)) for count in (0, 1, 2, 3, 4, 5, 9, 14)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "model", "bert", "feature-extraction")
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+@pytest.mark.parametrize("length", [6, 9, 12, 17])
+def test_texts_and_pairs_are_cut_as_the_library_cuts_them(folder: Path, architecture: str, length: int) -> None:
+    backend = make_tokenizer(architecture).backend_tokenizer
+    library = copy.deepcopy(backend)
+    library.enable_truncation(length, strategy="longest_first")
+    tokenizer = TextTokenizer(backend, length, None, 0)
+    cut = 0
+    for text in TEXTS:
+        for pair in (None, *TEXTS):
+            given = (text,) if pair is None else (text, pair)
+            found, expected = tokenizer.encode(*given), library.encode(*given)
+            assert list(found.ids) == expected.ids, given
+            assert list(found.type_ids) == expected.type_ids
+            assert list(found.sequence_ids) == expected.sequence_ids
+            assert list(found.word_ids) == expected.word_ids
+            assert list(found.offsets) == expected.offsets
+            assert list(found.special) == [bool(s) for s in expected.special_tokens_mask]
+            whole = TextTokenizer(copy.deepcopy(backend), 10**6, None, 0).encode(*given)
+            assert found.truncated_tokens == len(whole) - len(found)
+            cut += bool(found.truncated_tokens)
+    assert cut > 10
+
+
+def test_words_are_cut_too(folder: Path) -> None:
+    tokenizer = TextTokenizer(make_tokenizer("bert").backend_tokenizer, 6, None, 0)
+    found = tokenizer.encode_words(list(WORDS[:20]))
+    assert len(found) == 6
+    assert found.special[0]
+    assert found.special[-1]
+    assert found.truncated_tokens > 0
+
+
+def test_nothing_makes_all_parts_of_a_pair(folder: Path) -> None:
+    """The library would make every overflow of one text with every overflow of the other: gigabytes for two pages."""
+
+    class Backend:
+        def __init__(self, backend: Any) -> None:
+            self.backend = backend
+
+        def __getattr__(self, name: str) -> Any:
+            assert name != "enable_truncation"
+            return getattr(self.backend, name)
+
+    tokenizer = TextTokenizer.open(open_folder(folder))
+    tokenizer._backend = Backend(tokenizer._backend)
+    long = "fox " * 5000
+    found = tokenizer.encode(long, long)
+    assert len(found) == tokenizer.max_length
+    assert found.truncated_tokens == 10_000 + 3 - tokenizer.max_length
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "room", "kept"),
+    [
+        (3, 4, 7, (3, 4)),
+        (3, 9, 7, (3, 4)),
+        (9, 3, 7, (4, 3)),
+        (9, 9, 7, (3, 4)),
+        (10, 9, 7, (4, 3)),
+        (0, 9, 7, (0, 7)),
+        (5, 5, 0, (0, 0)),
+    ],
+)
+def test_the_longer_text_is_cut_first(first: int, second: int, room: int, kept: tuple[int, int]) -> None:
+    assert longest_first(first, second, room) == kept
+
+
+def test_more_pieces_than_wanted_are_refused_before_they_are_read(folder: Path) -> None:
+    tokenizer = TextTokenizer.open(open_folder(folder))
+    assert len(tokenizer.pieces("fox fox", 4)) == 4
+    with pytest.raises(OverflowError, match="5 tokens are more than 4"):
+        tokenizer.pieces("fox fox fox", 4)
