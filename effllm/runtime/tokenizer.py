@@ -6,6 +6,7 @@ A folder's `tokenizer.json` is read as it is; padding and truncation are done he
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,8 @@ class TextTokenizer:
         self.mask_token = mask_token
         self.mask_id = backend.token_to_id(mask_token) if mask_token else None
         self.pad_id = pad_id
+        self.max_windows = 0
+        """The windows that a passage may make, 0 = any; they are counted before they are made."""
 
     @classmethod
     def open(cls, folder: ModelFolder) -> TextTokenizer:
@@ -125,7 +128,7 @@ class TextTokenizer:
         """Encode a question with each window of `length` tokens of a passage; windows overlap by `stride` tokens.
 
         A question that takes more than half of a window is cut to half of it; the first window tells by how many
-        tokens.
+        tokens. Raises OverflowError beyond `max_windows`.
         """
         self._backend.no_truncation()
         (ids,) = self._backend.encode_batch([question], add_special_tokens=False)
@@ -134,6 +137,11 @@ class TextTokenizer:
             question = question[: ids.offsets[length // 2 - 1][1]]
         used = len(self._raw(question, ""))
         stride = max(0, min(stride, (length - used) // 2))
+        if self.max_windows:
+            (alone,) = self._backend.encode_batch([passage], add_special_tokens=False)
+            windows = 1 + math.ceil(max(0, len(alone) - (length - used)) / max(1, length - used - stride))
+            if windows > self.max_windows:
+                raise OverflowError(f"makes {windows} windows, at most {self.max_windows} are taken")
         self._backend.enable_truncation(length, stride=stride, strategy="only_second")
         first = self._raw(question, passage)
         return [self._encoding(first, lost), *map(self._encoding, first.overflowing)]

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -91,6 +92,7 @@ class Instance:
         self._tokenizer = TextTokenizer.open(folder)
         # A tokenizer is not made for two threads, so that of the thread is another one.
         self._thread_tokenizer = TextTokenizer.open(folder)
+        self._tokenizer.max_windows = self._thread_tokenizer.max_windows = MAX_WINDOWS
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"tokenise-{hello.info.name}")
         self._scheduler = Scheduler(settings.max_tokens, mix=not hello.info.batch_dependent)
         self._requests: dict[int, _Request] = {}
@@ -154,9 +156,12 @@ class Instance:
         Raises TooLong beyond 100,000 tokens, QueueFull where 4 other calls are under way, and DeadlinePassed.
         """
 
-        def tokens(tokenizer: TextTokenizer) -> list[list[TokenPiece]]:
-            found, room = [], TOKENISED_TOKENS
+        def tokens(tokenizer: TextTokenizer, given_up: Callable[[], bool]) -> list[list[TokenPiece]]:
+            found: list[list[TokenPiece]] = []
+            room = TOKENISED_TOKENS
             for index, text in enumerate(texts):
+                if given_up():
+                    return found
                 try:
                     pieces = tokenizer.pieces(text, room)
                 except OverflowError:
@@ -229,16 +234,17 @@ class Instance:
         """Tokenise. Raises BadInput naming the example that cannot be, TooLong that with too many windows."""
         task = TASKS.get(kind, TASKS["feature-extraction"])
 
-        def encode(tokenizer: TextTokenizer) -> list[list[Encoding]]:
-            groups = []
+        def encode(tokenizer: TextTokenizer, given_up: Callable[[], bool]) -> list[list[Encoding]]:
+            groups: list[list[Encoding]] = []
             for index, example in enumerate(examples):
+                if given_up():
+                    return groups
                 try:
                     groups.append(task.encode(tokenizer, example))
+                except OverflowError as error:
+                    raise TooLong(f"input {index} {error}", index) from None
                 except (UnicodeError, TypeError, ValueError, EffllmError) as error:
                     raise BadInput(f"input {index} cannot be tokenised: {error}", index) from None
-                if len(groups[-1]) > MAX_WINDOWS:
-                    message = f"input {index} makes {len(groups[-1])} windows, at most {MAX_WINDOWS} are taken"
-                    raise TooLong(message, index)
             return groups
 
         characters = sum(
@@ -247,10 +253,18 @@ class Instance:
         )
         return await self._tokenised(encode, characters)
 
-    async def _tokenised(self, work: Callable[[TextTokenizer], list[T]], characters: int) -> list[T]:
+    async def _tokenised(
+        self, work: Callable[[TextTokenizer, Callable[[], bool]], list[T]], characters: int
+    ) -> list[T]:
+        """Run `work` here, or where there is much of it in the thread; it is told when nobody waits any more."""
         if characters < INLINE_CHARACTERS:
-            return work(self._tokenizer)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._thread_tokenizer)
+            return work(self._tokenizer, lambda: False)
+        over = threading.Event()
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, work, self._thread_tokenizer, over.is_set)
+        finally:
+            over.set()
 
     def _refuse_long(self, groups: Sequence[Sequence[Encoding]]) -> None:
         for index, group in enumerate(groups):

@@ -93,3 +93,16 @@ def test_more_pieces_than_wanted_are_refused_before_they_are_read(folder: Path) 
     assert len(tokenizer.pieces("fox fox", 4)) == 4
     with pytest.raises(OverflowError, match="5 tokens are more than 4"):
         tokenizer.pieces("fox fox fox", 4)
+
+
+def test_windows_are_counted_before_they_are_made(folder: Path) -> None:
+    tokenizer = TextTokenizer.open(open_folder(folder))
+    for words in (1, 40, 50, 51, 90, 91, 200):
+        made = len(tokenizer.encode_windows("who is ada", "fox " * words, 64, 16))
+        tokenizer.max_windows = made
+        assert len(tokenizer.encode_windows("who is ada", "fox " * words, 64, 16)) == made
+        tokenizer.max_windows = made - 1
+        if made > 1:
+            with pytest.raises(OverflowError, match=f"makes {made} windows, at most {made - 1} are taken"):
+                tokenizer.encode_windows("who is ada", "fox " * words, 64, 16)
+        tokenizer.max_windows = 0

@@ -256,6 +256,26 @@ def test_a_worker_comes_back_once_the_machine_can_start_processes_again(
     run(classifier(folders), test)
 
 
+def test_what_nobody_waits_for_is_not_tokenised_to_its_end(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model, begun = service.find(None), []
+        tokenizer = model.instance._thread_tokenizer
+        encode = tokenizer.encode
+
+        def slow(*texts: Any) -> Any:
+            begun.append(texts)
+            time.sleep(0.05)
+            return encode(*texts)
+
+        tokenizer.encode = slow
+        with pytest.raises(DeadlinePassed):
+            await model.answer([Example("fox " * 300)] * 40, deadline_s=0.12)
+        await asyncio.sleep(0.3)
+        assert 0 < len(begun) < 10
+
+    run(classifier(folders), test)
+
+
 def test_a_hangup_of_the_whole_group_leaves_the_workers(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         model = service.find(None)
