@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from effllm.cli.console import say
-from effllm.cli.options import FORCE, OUT, settings_options
+from effllm.cli.options import OUT, settings_options
 from effllm.errors import SettingError
 from effllm.train.settings import FREE, PretrainSettings
 
@@ -35,7 +36,7 @@ Examples:
 )
 @settings_options(PretrainSettings)
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint of --out.")
-@FORCE
+@click.option("--force", is_flag=True, help="Start anew where --out holds a run, which is removed at once.")
 def pretrain(data: str, out: str, branch: str | None, resume: bool, force: bool, settings: PretrainSettings) -> None:
     """Pre-train a masked language model on DIR, a folder that `effllm prepare` wrote.
 
@@ -52,8 +53,10 @@ def pretrain(data: str, out: str, branch: str | None, resume: bool, force: bool,
     records = run(data, out, settings, trunk=trunk, resume=resume, force=force)
     follow((("", record) for record in records), settings.log_every)
     if is_first_process():
-        say(f"wrote {out}: last and best are model folders, report.html shows the run")
-        say(f"try: effllm predict {out}/best 'a text with a [MASK] in it'")
+        judged = (Path(out) / "best").exists()  # not without held-out text
+        folders = "last and best are model folders" if judged else "last is a model folder"
+        say(f"wrote {out}: {folders}, report.html shows the run")
+        say(f"try: effllm predict {out}/{'best' if judged else 'last'} 'a text with a [MASK] in it'")
 
 
 def _free_settings(settings: PretrainSettings) -> dict[str, Any]:

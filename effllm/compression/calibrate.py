@@ -18,7 +18,7 @@ from torch import nn
 
 from effllm.errors import Unsupported
 from effllm.progress import Track, silent
-from effllm.runtime.tokenizer import Encoding, pad_batch
+from effllm.runtime.tokenizer import Encoding, inputs_of, pad_batch
 
 TOKENS = 65_536
 """Calibration tokens that are used at most where states inside the model are kept for all of them: some 30 kB each
@@ -104,11 +104,11 @@ def feeds(model: Any, encodings: Sequence[Encoding]) -> Iterator[dict[str, Any]]
 
     A decoder is told to keep no keys and values: a layer that is run again with the same arguments would add to them.
     """
-    takes = inspect.signature(model.forward).parameters
+    takes, wanted = inspect.signature(model.forward).parameters, inputs_of(model)
     settings = {"use_cache": False} if "use_cache" in takes else {}
     device = next(model.parameters()).device
     for encoding in encodings:
-        arrays = {name: array for name, array in pad_batch([encoding], 0).items() if name in takes}
+        arrays = {name: array for name, array in pad_batch([encoding], 0).items() if name in wanted}
         inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
         yield inputs | settings
 

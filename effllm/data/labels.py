@@ -71,6 +71,8 @@ def _tags(path: Path, records: Records) -> Labels:
             raise SettingError(f"{path}:{number}: column 'tags' must hold one tag per word, got {tags!r}")
         for tag in tags:
             lines.setdefault(str(tag), number)
+    if lines and all(WHOLE.fullmatch(tag) for tag in lines):
+        raise SettingError(f"{path}: column 'tags' holds numbers; give names such as B-PER, and O outside of entities")
     return _names(path, lines)
 
 

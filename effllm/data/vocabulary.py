@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +31,8 @@ class Vocabulary:
     """The token ids of a tokenizer.
 
     `size` is one more than the largest id. `special_ids` are all special tokens, sorted. `ordinary` is int64 (n,), the
-    sorted ids that a random replacement may use: no special token, no added one, no place kept free.
+    sorted ids that a random replacement may use: no special token, no added one, no place kept free. `digest` is the
+    SHA-256 of all tokens with their ids.
     """
 
     size: int
@@ -39,6 +42,7 @@ class Vocabulary:
     pad_id: int
     special_ids: tuple[int, ...]
     ordinary: np.ndarray = field(repr=False, compare=False)
+    digest: str = field(default="", repr=False, compare=False)
 
     @classmethod
     def read(cls, folder: str | Path) -> Vocabulary:
@@ -74,6 +78,7 @@ class Vocabulary:
             pad_id=ids["pad"],
             special_ids=tuple(sorted(special_ids)),
             ordinary=ordinary,
+            digest=hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest(),
         )
 
 

@@ -6,6 +6,7 @@ A folder's `tokenizer.json` is read as it is; padding and truncation are done he
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -205,7 +206,14 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-"""The arrays that `pad_batch` makes; a model takes those that its forward pass names."""
+"""The arrays that `pad_batch` makes."""
+
+
+def inputs_of(model: Any) -> tuple[str, ...]:
+    """Return those of `INPUTS` that a transformers model takes: segments only where it tells them apart."""
+    names = inspect.signature(model.forward).parameters
+    apart = getattr(model.config, "type_vocab_size", 2) > 1
+    return tuple(name for name in INPUTS if name in names and (apart or name != "token_type_ids"))
 
 
 def pad_batch(encodings: Sequence[Encoding], pad_id: int) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +11,7 @@ import torch
 
 from effllm.folder import open_folder
 from effllm.hf import load_trained
-from effllm.runtime.tokenizer import INPUTS
+from effllm.runtime.tokenizer import inputs_of
 
 
 class TorchEngine:
@@ -22,8 +21,7 @@ class TorchEngine:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        names = inspect.signature(model.forward).parameters
-        self.inputs = tuple(n for n in INPUTS if n in names)
+        self.inputs = inputs_of(model)
 
     @classmethod
     def open(cls, path: Path, *, auto_class: str, threads: int, spin: bool = True) -> Self:

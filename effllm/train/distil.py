@@ -14,7 +14,6 @@ All are sums over real tokens or examples, so that they do not depend on how a b
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from effllm.errors import SettingError, Unsupported
-from effllm.runtime.tokenizer import INPUTS
+from effllm.runtime.tokenizer import inputs_of
 
 CAPTURING = "effllm_capturing"
 COMPONENTS = ("logits", "hidden", "attention")
@@ -93,7 +92,7 @@ class Distillation(nn.Module):
         self._temperature = temperature
         self._each_label = each_label
         self._heads = int(teacher.config.num_attention_heads)
-        self._takes = tuple(name for name in INPUTS if name in inspect.signature(teacher.forward).parameters)
+        self._takes = inputs_of(teacher)
         self._frozen = [teacher.requires_grad_(False).eval()]  # in a list: no part of this module's parameters
         widths = student.config.hidden_size, teacher.config.hidden_size
         differ = "hidden" in components and widths[0] != widths[1]

@@ -37,7 +37,7 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
             check_objective(objective, config.model_type)
             model = auto.from_config(config, attn_implementation=NAME)
         else:
-            model = _from_folder(name, auto, objective)
+            model = _from_folder(name, auto, objective, vocabulary)
     if not takes_attention(model):
         raise Unsupported(
             f"{name} is a {model.config.model_type} model, whose attention cannot be kept within packed sequences; "
@@ -75,7 +75,7 @@ def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transfo
     )
 
 
-def _from_folder(name: str, auto: Any, objective: str) -> Any:
+def _from_folder(name: str, auto: Any, objective: str, vocabulary: Vocabulary) -> Any:
     path = Path(name)
     if path.is_file():
         path = path.parent
@@ -86,6 +86,7 @@ def _from_folder(name: str, auto: Any, objective: str) -> Any:
     try:
         if folder.has_weights:
             open_folder(folder.path)
+            _check_tokenizer(folder.path, vocabulary)
             return auto.from_pretrained(
                 folder.path,
                 attn_implementation=NAME,
@@ -94,11 +95,21 @@ def _from_folder(name: str, auto: Any, objective: str) -> Any:
                 trust_remote_code=False,
             )
         config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        config.pad_token_id = vocabulary.pad_id  # its row gets no gradient
         return auto.from_config(config, attn_implementation=NAME)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{folder.path} is not a masked-LM that transformers can build: {first_line(error)}"
         ) from error
+
+
+def _check_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
+    """Raise SettingError where trained weights have another tokenizer than the data: its ids would mean other words."""
+    if not (folder / "tokenizer.json").is_file():
+        return
+    own = Vocabulary.read(folder)
+    if own.digest != vocabulary.digest or own.pad_id != vocabulary.pad_id:
+        raise SettingError(f"model {folder} has another tokenizer than the data; prepare the data with the model's")
 
 
 def _check_fit(name: str, model: Any, vocabulary: Vocabulary, max_length: int) -> None:

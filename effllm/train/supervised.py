@@ -8,7 +8,6 @@ the whole step, so the cuts change memory and speed and nothing else.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.nn import functional
 
 from effllm.data.draws import DROPOUT, draw, stream_keys
 from effllm.data.order import permuted
-from effllm.runtime.tokenizer import INPUTS, Encoding, TextTokenizer, pad_batch
+from effllm.runtime.tokenizer import Encoding, TextTokenizer, inputs_of, pad_batch
 from effllm.tasks import Example, Head, Task
 from effllm.tasks.task import IGNORED
 from effllm.tasks.text_classification import gives_each_label
@@ -219,7 +218,7 @@ class SupervisedModel(nn.Module):
         )
         self._drops = any(rates(model.config.to_dict()).values())
         self._always_eval = settings.dropout == 0
-        self._takes = tuple(n for n in INPUTS if n in inspect.signature(model.forward).parameters)
+        self._takes = inputs_of(model)
 
     def train(self, mode: bool = True) -> SupervisedModel:
         """Set the mode; with a `dropout` of 0 in the settings the transformers model stays in eval mode."""

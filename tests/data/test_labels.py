@@ -100,6 +100,11 @@ def test_labels_that_make_no_sense_are_one_line(tmp_path: Path, labels: list, wo
     [
         ("token-classification", {"tokens": ["a"]}, ":1: column 'tags' must hold one tag per word, got None"),
         ("token-classification", {"tokens": ["a"], "tags": ["O"]}, "holds one label only (O)"),
+        (
+            "token-classification",
+            {"tokens": ["a", "b"], "tags": [0, 3]},
+            "column 'tags' holds numbers; give names such as",
+        ),
         ("token-classification", {"tokens": [], "tags": []}, "holds one label only (none)"),
         ("sentence-similarity", {"text": "a", "score": "high"}, ":1: column 'score' must be a number, got 'high'"),
         ("sentence-similarity", {"text": "a", "score": 1}, "holds one score only (1)"),

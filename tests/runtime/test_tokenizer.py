@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from conftest import WORDS, make_model, make_tokenizer
 
 from effllm.folder import open_folder
-from effllm.runtime.tokenizer import TextTokenizer, longest_first
+from effllm.runtime.tokenizer import INPUTS, TextTokenizer, inputs_of, longest_first
+from effllm.runtime.torch import TorchEngine
 
 TEXTS = [" ".join(WORDS[(7 * count + i) % len(WORDS)] for i in range(count)) for count in (0, 1, 2, 3, 4, 5, 9, 14)]
 
@@ -106,3 +108,13 @@ def test_windows_are_counted_before_they_are_made(folder: Path) -> None:
             with pytest.raises(OverflowError, match=f"makes {made} windows, at most {made - 1} are taken"):
                 tokenizer.encode_windows("who is ada", "fox " * words, 64, 16)
         tokenizer.max_windows = 0
+
+
+def test_segments_are_for_models_that_tell_them_apart() -> None:
+    for segments, names in ((1, INPUTS[:2]), (2, INPUTS)):
+        config = transformers.RobertaConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, type_vocab_size=segments
+        )
+        model = transformers.RobertaModel(config)
+        assert inputs_of(model) == names
+        assert TorchEngine(model).inputs == names

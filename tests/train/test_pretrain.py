@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import make_model
 from runs import BASE, assert_same_run, assert_same_trace, command, finish, settings, trace, weights
 
 import effllm
@@ -26,6 +27,7 @@ from effllm.data.vocabulary import Vocabulary
 from effllm.errors import ArtifactError, SettingError, TrainingStopped, Unsupported
 from effllm.train import loop as loops
 from effllm.train import run as runs
+from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
 from effllm.train.pretrain import pretrain
 from effllm.train.runlog import read_log
@@ -276,6 +278,30 @@ def test_a_run_does_not_replace_what_it_starts_from(tokens: Path, whole: Path, t
     with pytest.raises(SettingError, match="lies in --out"):
         pretrain(tokens, run, settings(model=str(run / "last")), force=True)
     assert effllm.Variant.open((run / "last").resolve()).path.is_dir()
+
+
+def test_a_trained_folder_with_another_tokenizer_is_refused(tokens: Path, tmp_path: Path) -> None:
+    """Its embeddings would stand for other words than it learned them for."""
+    folder = make_model(tmp_path / "model", "bert", "fill-mask")
+    assert Vocabulary.read(folder).digest != Vocabulary.read(tokens / "tokenizer").digest
+    with pytest.raises(SettingError, match="has another tokenizer than the data; prepare the data with the model's"):
+        finish(tokens, tmp_path / "run", model=str(folder))
+
+
+def test_a_config_pads_as_the_data_does(tokens: Path, tmp_path: Path) -> None:
+    vocabulary = Vocabulary.read(tokens / "tokenizer")
+    config = transformers.BertConfig(
+        vocab_size=vocabulary.size,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=vocabulary.mask_id,
+    )
+    config.save_pretrained(tmp_path / "config")
+    model = build_model(str(tmp_path / "config"), vocabulary, 32, "mlm", 0)
+    assert model.config.pad_token_id == vocabulary.pad_id
+    assert model.base_model.embeddings.word_embeddings.padding_idx == vocabulary.pad_id
 
 
 def test_training_goes_on_from_a_trained_folder(tokens: Path, whole: Path, tmp_path: Path) -> None:
