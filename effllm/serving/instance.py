@@ -25,6 +25,7 @@ from effllm.serving.worker import Hello, Piece, PieceFailed, Ran, Worker, Worker
 from effllm.tasks import TASKS, Example
 
 T = TypeVar("T")
+Work = Callable[[TextTokenizer, Callable[[], bool]], list[T]]
 logger = logging.getLogger(__name__)
 
 AHEAD = 1
@@ -157,11 +158,8 @@ class Instance:
         """
 
         def tokens(tokenizer: TextTokenizer, given_up: Callable[[], bool]) -> list[list[TokenPiece]]:
-            found: list[list[TokenPiece]] = []
-            room = TOKENISED_TOKENS
-            for index, text in enumerate(texts):
-                if given_up():
-                    return found
+            found, room = list[list[TokenPiece]](), TOKENISED_TOKENS
+            for index, text in itertools.takewhile(lambda _: not given_up(), enumerate(texts)):
                 try:
                     pieces = tokenizer.pieces(text, room)
                 except OverflowError:
@@ -236,9 +234,7 @@ class Instance:
 
         def encode(tokenizer: TextTokenizer, given_up: Callable[[], bool]) -> list[list[Encoding]]:
             groups: list[list[Encoding]] = []
-            for index, example in enumerate(examples):
-                if given_up():
-                    return groups
+            for index, example in itertools.takewhile(lambda _: not given_up(), enumerate(examples)):
                 try:
                     groups.append(task.encode(tokenizer, example))
                 except OverflowError as error:
@@ -253,16 +249,15 @@ class Instance:
         )
         return await self._tokenised(encode, characters)
 
-    async def _tokenised(
-        self, work: Callable[[TextTokenizer, Callable[[], bool]], list[T]], characters: int
-    ) -> list[T]:
+    async def _tokenised(self, work: Work[T], characters: int) -> list[T]:
         """Run `work` here, or where there is much of it in the thread; it is told when nobody waits any more."""
         if characters < INLINE_CHARACTERS:
             return work(self._tokenizer, lambda: False)
         over = threading.Event()
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, work, self._thread_tokenizer, over.is_set)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._thread, work, self._thread_tokenizer, over.is_set
+            )
         finally:
             over.set()
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import orjson
 import pydantic
+from typing_extensions import TypeAliasType
 
 from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, timings
 from effllm.serving.forms import HttpError
@@ -44,6 +45,9 @@ class OutputChoice(pydantic.BaseModel):
     parameters: dict[str, Any] | None = None
 
 
+OutputChoices = TypeAliasType("OutputChoices", Annotated[list[OutputChoice], pydantic.FailFast()])
+
+
 class InferRequest(pydantic.BaseModel):
     """Tensors to answer."""
 
@@ -51,9 +55,7 @@ class InferRequest(pydantic.BaseModel):
 
     inputs: list[InputTensor] = pydantic.Field(fail_fast=True)
     id: str | None = None
-    outputs: Annotated[list[OutputChoice], pydantic.FailFast()] | None = pydantic.Field(
-        default=None, description="All outputs by default."
-    )
+    outputs: OutputChoices | None = pydantic.Field(default=None, description="All outputs by default.")
     parameters: dict[str, Any] | None = None
 
 

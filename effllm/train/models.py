@@ -43,6 +43,8 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
             f"{name} is a {model.config.model_type} model, whose attention cannot be kept within packed sequences; "
             "models with transformers' attention interface can be pre-trained, such as BERT, RoBERTa and ModernBERT"
         )
+    if name not in PRESETS:
+        _check_tokenizer(find(Path(name)), vocabulary)
     _check_fit(name, model, vocabulary, max_length)
     return model
 
@@ -86,7 +88,6 @@ def _from_folder(name: str, auto: Any, objective: str, vocabulary: Vocabulary) -
     try:
         if folder.has_weights:
             open_folder(folder.path)
-            _check_tokenizer(folder.path, vocabulary)
             return auto.from_pretrained(
                 folder.path,
                 attn_implementation=NAME,
@@ -105,7 +106,7 @@ def _from_folder(name: str, auto: Any, objective: str, vocabulary: Vocabulary) -
 
 def _check_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
     """Raise SettingError where trained weights have another tokenizer than the data: its ids would mean other words."""
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.json").is_file() or not open_folder(folder, weights=False).has_weights:
         return
     own = Vocabulary.read(folder)
     if own.digest != vocabulary.digest or own.pad_id != vocabulary.pad_id:

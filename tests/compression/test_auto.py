@@ -304,11 +304,11 @@ def test_the_form_of_int8_is_the_one_that_passes_the_gate(tmp_path: Path, monkey
 
     def noted(*given, **settings):
         asked.append(settings["max_drop"])
-        if settings["max_drop"] == 0.02:
+        if settings["max_drop"] == 0.5:
             raise GateFailed("int8: lost", [])
         return compress(*given, **settings)
 
     monkeypatch.setattr(pipeline, "compress", noted)
-    made = compress(model, tmp_path / "out", method=Auto(budget_minutes=0.001), calib=texts, max_drop=0.02, threads=1)
-    assert asked == [0.02, 2.0]
+    made = compress(model, tmp_path / "out", method=Auto(budget_minutes=0.001), calib=texts, max_drop=0.5, threads=1)
+    assert asked == [0.5, 2.0]
     assert [step["method"] for step in made.manifest["steps"]] == ["auto", "int8"]
