@@ -74,15 +74,17 @@ class Drift:
 
 def _in_chunks(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the pairs as float32 (tokens, K), texts together up to CHUNK tokens: each addition goes over all K × K."""
-    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for before, after in pairs:
-        x, moved = (t.detach().reshape(-1, t.shape[-1]).float() for t in (before, after))
-        waiting.append((x, moved))
-        if sum(len(x) for x, _ in waiting) >= CHUNK:
-            yield torch.cat([x for x, _ in waiting]), torch.cat([moved for _, moved in waiting])
-            waiting = []
-    if waiting:
-        yield torch.cat([x for x, _ in waiting]), torch.cat([moved for _, moved in waiting])
+    xs, moved, tokens = list[torch.Tensor](), list[torch.Tensor](), 0
+    for pair in pairs:
+        x, after = (t.detach().reshape(-1, t.shape[-1]).float() for t in pair)
+        xs.append(x)
+        moved.append(after)
+        tokens += len(x)
+        if tokens >= CHUNK:
+            yield torch.cat(xs), torch.cat(moved)
+            xs, moved, tokens = [], [], 0
+    if xs:
+        yield torch.cat(xs), torch.cat(moved)
 
 
 def within(encodings: Sequence[Encoding], tokens: int, seed: int) -> list[Encoding]:

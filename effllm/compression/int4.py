@@ -79,8 +79,7 @@ class Int4:
             raise CheckFailed("the exported graph has no linear layers that int4 could quantise")
         columns = {module_of(n): graph.shape(n.input[1])[0] for group in groups for n in group.nodes}
         check_groups(self.name, columns, self.group_size)
-        names = [module_of(n) for group in groups for n in group.nodes]
-        if len(set(names)) < len(names):
+        if len(columns) < sum(len(group.nodes) for group in groups):
             raise Unsupported("int4: linear layers of this model run several times for a text")
         encodings = within(job.encodings(), TOKENS, self.seed)
         tokens = sum(map(len, encodings))

@@ -186,8 +186,7 @@ class _Run:
         """Write the changed model as a transformers folder, gated as it answers when it is loaded from there."""
         label = " + ".join(method.name for method in self.methods)
         before = _linear_weights(self.source.model)
-        name, threads = self.source.task.name, self.threads
-        folder, task = self.source.folder, self.source.task
+        folder, task, threads = self.source.folder, self.source.task, self.threads
         tokenizer = TextTokenizer.of(self.source.tokenizer.backend_tokenizer, folder)
         opened = open_engine("torch", folder.path, auto_class=task.auto_class, threads=threads)
         dense = Predictor("dense", folder, task, tokenizer, opened)
@@ -198,7 +197,7 @@ class _Run:
         source.model.set_attn_implementation("sdpa")  # what a reloaded model takes, so that equal means equal
         engine = TorchEngine(source.model)
         expected = _raw_outputs(Predictor(label, source.folder, source.task, tokenizer, engine), self.gate[:PROBES])
-        other = Predictor.open(self.staging, task=name, engine="torch", threads=threads, name=label)
+        other = Predictor.open(self.staging, task=task.name, engine="torch", threads=threads, name=label)
         comparison = compare(dense, other, self.gate, self.texts.gate.data, self.track)
         verdict = judge(comparison, self.max_drop)
         if not verdict.passed:
@@ -222,10 +221,8 @@ class _Run:
         if len(self.methods) > 1:
             source, start = self._change_weights(), self.work / "start.onnx"
             agreement = _export_graph(source, start, self.track)
-        config = {"architectures": [type(source.model).__name__], **source.folder.config}
         # The torch model goes: from here on the exported graph is the model, and memory is the user's.
-        folder = dataclasses.replace(source.folder, config=config)
-        source = self.source = dataclasses.replace(source, folder=folder, model=None)
+        source = self.source = dataclasses.replace(source, model=None)
         job = GraphJob(
             source=source,
             start=start,

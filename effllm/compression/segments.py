@@ -52,8 +52,8 @@ def code_in_order(
         after = segment.run(dense, {}, work, threads)
         coded = segment.run(coded, weights, work, threads) if weights else after
         dense = after
-        pairs = ((torch.from_numpy(s[group.input]) for s in both) for both in zip(dense, coded, strict=True))
-        weights |= code(group, Drift.between((x, moved) for x, moved in pairs))
+        entering = ([torch.from_numpy(state[group.input]) for state in states] for states in (dense, coded))
+        weights |= code(group, Drift.between(zip(*entering, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from effllm.compression.method import Method, Stage
 from effllm.data.english import english_sentences
+from effllm.data.labels import score_range
 from effllm.data.readers import read_examples, renamed
 from effllm.data.split import digest, distinct, sample, without
 from effllm.errors import SettingError, Unsupported
@@ -156,10 +157,10 @@ def _training(source: Source, methods: Sequence[Method], given: Given, gate: Seq
     gold = bool(taught)
     examples = read_examples(file, source.task, source.head, gold=gold, columns=given.columns)
     left = without(examples, gate)
-    if gold and source.task.name == "sentence-similarity" and len({example.gold for example in left}) == 1:
-        raise SettingError(f"{file.name} has one score only, {left[0].gold:g}; there is nothing to learn from it")
     if not left:
         raise SettingError(f"every text of {file.name} is also in the evaluation data; train on other texts")
+    if gold and source.task.name == "sentence-similarity":
+        score_range(file, [float(example.gold) for example in left])
     return Part(left, file.name)
 
 

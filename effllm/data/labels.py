@@ -58,7 +58,7 @@ def _classes(path: Path, records: Records) -> Labels:
         name = next(name for name in lines if name not in numbers)
         raise SettingError(f"{path}:{lines[name]}: label {name!r} is not a number, others are, such as {fractions[0]}")
     if fractions:
-        return Labels((REGRESSION,), _range(path, [float(name) for name in numbers]))
+        return Labels((REGRESSION,), score_range(path, [float(name) for name in numbers]))
     return _names(path, lines)
 
 
@@ -83,7 +83,7 @@ def _scores(path: Path, records: Records) -> Labels:
             scores.append(number_column(record, "score"))
         except SettingError as error:
             raise SettingError(f"{path}:{number}: {error}") from None
-    return Labels(score_range=_range(path, scores))
+    return Labels(score_range=score_range(path, scores))
 
 
 READERS: dict[str, Callable[[Path, Records], Labels]] = {
@@ -104,7 +104,8 @@ def _names(path: Path, found: Mapping[str, int]) -> Labels:
     )
 
 
-def _range(path: Path, scores: list[float]) -> tuple[float, float]:
+def score_range(path: Path, scores: list[float]) -> tuple[float, float]:
+    """Return the lowest and the highest score. Raises SettingError naming the file where they are the same."""
     low, high = min(scores), max(scores)
     if low == high:
         raise SettingError(f"{path} holds one score only ({low:g}); there is nothing to learn from it")

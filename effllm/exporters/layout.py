@@ -37,8 +37,6 @@ def write_layout(source: Source, target: Path) -> None:
 
 def _write_config(source: Source, target: Path) -> None:
     config = dict(source.folder.config)
-    if not config.get("architectures"):
-        config["architectures"] = [type(source.model).__name__]
     for name in ("_name_or_path", "quantization_config"):  # an ONNX graph has its sizes and codes in itself
         config.pop(name, None)
     write_json(target / "config.json", config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class Source:
 def load_source(folder: ModelFolder, task: Task) -> Source:
     """Load a checked folder's model (float32, eval mode, for encoders with eager attention) and tokenizer.
 
+    The source's config names the model's class, also where the folder's does not.
     Raises ArtifactError when the tokenizer is missing or the weights do not fit, Unsupported when the model type is not
     known, is already quantised, or lacks trained weights that the task needs.
     """
@@ -58,4 +60,7 @@ def load_source(folder: ModelFolder, task: Task) -> Source:
         pooling=read_pooling(folder.path).mode,
         problem_type=folder.config.get("problem_type"),
     )
+    if not folder.config.get("architectures"):
+        named = folder.config | {"architectures": [type(model).__name__]}
+        folder = dataclasses.replace(folder, config=named)
     return Source(folder, task, model, tokenizer, head)

@@ -10,7 +10,7 @@ import transformers
 
 from effllm.data.vocabulary import Vocabulary
 from effllm.errors import ArtifactError, SettingError, Unsupported, first_line, unknown_name
-from effllm.folder import find, open_folder
+from effllm.folder import ModelFolder, find, open_folder
 from effllm.hf import quiet, takes_attention
 from effllm.train.attention import NAME, register
 from effllm.train.objectives import check_objective, position_offset
@@ -37,14 +37,16 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
             check_objective(objective, config.model_type)
             model = auto.from_config(config, attn_implementation=NAME)
         else:
-            model = _from_folder(name, auto, objective, vocabulary)
+            folder = _located(name)
+            check_objective(objective, str(folder.config.get("model_type", "")))
+            model = _from_folder(folder, auto, vocabulary)
     if not takes_attention(model):
         raise Unsupported(
             f"{name} is a {model.config.model_type} model, whose attention cannot be kept within packed sequences; "
             "models with transformers' attention interface can be pre-trained, such as BERT, RoBERTa and ModernBERT"
         )
-    if name not in PRESETS:
-        _check_tokenizer(find(Path(name)), vocabulary)
+    if name not in PRESETS and folder.has_weights:
+        _check_tokenizer(folder.path, vocabulary)
     _check_fit(name, model, vocabulary, max_length)
     return model
 
@@ -77,14 +79,16 @@ def preset_config(name: str, vocabulary: Vocabulary, max_length: int) -> transfo
     )
 
 
-def _from_folder(name: str, auto: Any, objective: str, vocabulary: Vocabulary) -> Any:
+def _located(name: str) -> ModelFolder:
     path = Path(name)
     if path.is_file():
         path = path.parent
     elif not path.exists() and "/" not in name:
         raise unknown_name("model", name, PRESETS)
-    folder = open_folder(find(path), weights=False)
-    check_objective(objective, str(folder.config.get("model_type", "")))
+    return open_folder(find(path), weights=False)
+
+
+def _from_folder(folder: ModelFolder, auto: Any, vocabulary: Vocabulary) -> Any:
     try:
         if folder.has_weights:
             open_folder(folder.path)
@@ -106,7 +110,7 @@ def _from_folder(name: str, auto: Any, objective: str, vocabulary: Vocabulary) -
 
 def _check_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
     """Raise SettingError where trained weights have another tokenizer than the data: its ids would mean other words."""
-    if not (folder / "tokenizer.json").is_file() or not open_folder(folder, weights=False).has_weights:
+    if not (folder / "tokenizer.json").is_file():
         return
     own = Vocabulary.read(folder)
     if own.digest != vocabulary.digest or own.pad_id != vocabulary.pad_id:

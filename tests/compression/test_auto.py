@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LABELS, WORDS, make_model
+from jobs import TEXTS
 
 import effllm
 from effllm.compression import pipeline
@@ -283,13 +284,12 @@ def test_the_result_is_a_variant_with_every_trial_in_its_rows(searched: effllm.V
 
 
 def test_embeddings_that_were_scored_as_similarities_are_published_as_embeddings(tmp_path: Path) -> None:
-    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(3 + i % 6)) for i in range(80)]
     dev = tmp_path / "pairs.jsonl"
-    pairs = zip(texts[:40:2], texts[1:40:2], strict=True)
+    pairs = zip(TEXTS[:40:2], TEXTS[1:40:2], strict=True)
     dev.write_text("".join(json.dumps({"text": a, "text_pair": b, "score": len(a) - len(b)}) + "\n" for a, b in pairs))
     model = make_model(tmp_path / "model", "bert", "feature-extraction")
     made = effllm.compress(
-        model, tmp_path / "out", method=Auto(budget_minutes=0.001), dev=dev, calib=texts[40:], max_drop=1.0, threads=1
+        model, tmp_path / "out", method=Auto(budget_minutes=0.001), dev=dev, calib=TEXTS[40:], max_drop=1.0, threads=1
     )
     assert made.task == "feature-extraction"
     assert made.manifest["gate"]["data"] == "pairs.jsonl"
@@ -299,7 +299,6 @@ def test_embeddings_that_were_scored_as_similarities_are_published_as_embeddings
 def test_the_form_of_int8_is_the_one_that_passes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where none does, any form is a trial: the search needs to know how much is lost."""
     model, asked = make_model(tmp_path / "model"), []
-    texts = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(3 + i % 6)) for i in range(80)]
     compress = pipeline.compress
 
     def noted(*given, **settings):
@@ -309,6 +308,6 @@ def test_the_form_of_int8_is_the_one_that_passes_the_gate(tmp_path: Path, monkey
         return compress(*given, **settings)
 
     monkeypatch.setattr(pipeline, "compress", noted)
-    made = compress(model, tmp_path / "out", method=Auto(budget_minutes=0.001), calib=texts, max_drop=0.5, threads=1)
+    made = compress(model, tmp_path / "out", method=Auto(budget_minutes=0.001), calib=TEXTS, max_drop=0.5, threads=1)
     assert asked == [0.5, 2.0]
     assert [step["method"] for step in made.manifest["steps"]] == ["auto", "int8"]
