@@ -270,6 +270,9 @@ def serving_table() -> str:
     if all(fifths):
         first_p99, last_p99 = (fifth.value for fifth in fifths)
         ends += f" In the first fifth of that half hour p99 was {first_p99:.0f} ms, in the last {last_p99:.0f} ms."
+    typical = [find(rows, "request p99 of ten seconds", OURS, part="soak", fifth=fifth) for fifth in ("first", "last")]
+    if all(typical):
+        ends += " Of ten seconds it was {:.0f} and {:.0f} ms (medians).".format(*(one.value for one in typical))
     before, after = (find(rows, "peak", OURS, part="soak", when=when) for when in ("before", "after"))
     if before and after:
         ends += f" Its peak was {before.value:.0f} texts/s before and {after.value:.0f} after."

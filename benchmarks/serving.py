@@ -17,8 +17,9 @@ other parts stay.
   with as many threads; its peak is measured in the same way.
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
 - **shapes**: 10,000 requests, each of another number of texts of other lengths; memory over it.
-- **soak**: half an hour of 80 % of what it can answer after ten minutes of full load (some hosts slow down under it);
-  memory and p99 of the first and the last fifth, and what it can answer afterwards.
+- **soak**: half an hour of 80 % of what it can answer after ten minutes of full load (some hosts slow down under it).
+  For the first and the last fifth: memory; p50 and p99; the median of the p99s of its stretches of ten seconds, which
+  one bad minute does not move; and for how long the machine ran nothing. And what it can answer afterwards.
 
 Every system has as many threads as it has cores: a server by hand runs as many requests at once as it gets, so fewer
 threads would bind the others only (`taskset` limits all of them alike). The machine must be idle otherwise, as beside
@@ -48,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers.processes import RawLoop, ServerProcess, effllm_command, peer_command
+from peers.processes import RawLoop, ServerProcess, StallWatch, effllm_command, peer_command
 
 from effllm import machine
 from effllm.data.lengths import texts_of_lengths
@@ -69,6 +70,8 @@ LOADS = ((CLIENTS, 16, 64), (CLIENTS, 8, 128), (1, 16, 64))
 """Clients, and the fewest and the most tokens of a text."""
 CLEAR = ("200", "429", "503", "504")
 """The outcomes that tell a client where it stands."""
+STRETCH_S = 10.0
+"""The time of a soak whose p99 is taken on its own."""
 PATIENCE_S = 60.0
 """How long a client waits: longer than the server's own limit, so that the server has to say something first."""
 
@@ -356,34 +359,54 @@ def soak(plan: Plan) -> Iterator[Row]:
         peaks = {"before": peak_rate(server, texts, seconds, warm_up_s=plan.soak_minutes * 60 / 3)}
         load = Load(rate=0.8 * peaks["before"], seconds=plan.soak_minutes * 60, warm_up_s=10.0)
         say(f"soak: {load.rate:.0f} requests/s for {plan.soak_minutes:g} minutes")
-        with watched(server, load.warm_up_s) as memory:
+        with watched(server, load.warm_up_s) as memory, StallWatch(load.warm_up_s) as machine_watch:
             run = drive(server, texts, load)
         peaks["after"] = peak_rate(server, texts, seconds)
     how = plan.how("soak", tokens="16–64", rate=round(load.rate, 1))
     for when, peak in peaks.items():
         yield row("peak", peak, "texts/s", OURS, {**how, "role": "serving check", "when": when})
     yield from soak_rows(run, memory, how)
+    yield from stall_rows(machine_watch.stalls, run.seconds, how)
+
+
+def fifths(seconds: float) -> dict[str, tuple[float, float]]:
+    """Return when the first and the last fifth of a run begin and end, in seconds."""
+    return {"first": (0.0, seconds / 5), "last": (seconds * 4 / 5, seconds)}
 
 
 def soak_rows(run: LoadRun, memory: Sequence[tuple[float, int]], how: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield memory and p99 in the first and the last fifth of a run; memory is (time in s, bytes)."""
+    """Yield memory, p50 and p99 in the first and the last fifth of a run; memory is (time in s, bytes)."""
     yield from (one for one in run.rows(OURS, how, within_ms=1e9) if one.metric != "goodput")
-    fifths = {"first": (0.0, run.seconds / 5), "last": (run.seconds * 4 / 5, run.seconds)}
     resident: dict[str, float] = {}
-    for name, (begin, end) in fifths.items():
+    for name, (begin, end) in fifths(run.seconds).items():
         checks = {**how, "role": "serving check", "fifth": name}
-        latencies = [one.latency_ms for one in run.sent if one.answered and begin <= one.due_s < end]
+        answered = [one for one in run.sent if one.answered and begin <= one.due_s < end]
         sizes = [size for at, size in memory if begin <= at < end]
-        if latencies:
-            yield row(
-                "request p99 of a fifth", float(np.quantile(latencies, 0.99)), "ms", OURS, checks, n=len(latencies)
-            )
+        if answered:
+            latencies = [one.latency_ms for one in answered]
+            for label, quantile in (("p50", 0.5), ("p99", 0.99)):
+                value = float(np.quantile(latencies, quantile))
+                yield row(f"request {label} of a fifth", value, "ms", OURS, checks, n=len(latencies))
+            stretches = defaultdict(list)
+            for one in answered:
+                stretches[int((one.due_s - begin) / STRETCH_S)].append(one.latency_ms)
+            p99s = [float(np.quantile(stretch, 0.99)) for stretch in stretches.values()]
+            middle, low, high = median_interval(p99s)
+            yield row("request p99 of ten seconds", middle, "ms", OURS, checks, n=len(p99s), low=low, high=high)
         if sizes:
             resident[name] = float(np.median(sizes))
             yield row("resident memory", resident[name], "bytes", OURS, checks, n=len(sizes))
     if len(resident) == 2:
         growth = resident["last"] / resident["first"] - 1
         yield row("memory growth", growth, "share", OURS, {**how, "role": "serving check"}, n=len(memory))
+
+
+def stall_rows(stalls: Sequence[tuple[float, float]], seconds: float, how: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield for how long the machine ran nothing in the first and the last fifth; stalls are (time in s, its s)."""
+    for name, (begin, end) in fifths(seconds).items():
+        inside = [late for at, late in stalls if begin <= at < end]
+        checks = {**how, "role": "serving check", "fifth": name}
+        yield row("machine stalled", sum(inside), "s", OURS, checks, n=max(len(inside), 1))
 
 
 PARTS: dict[str, Callable[[Plan], Iterator[Row]]] = {

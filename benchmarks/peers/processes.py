@@ -168,3 +168,25 @@ class RawLoop:
 
     def _line(self) -> str:
         return (self._process.stdout.readline() if self._process.stdout else "").strip()
+
+
+class StallWatch:
+    """`stalls.py` in its process. Use as a context manager; `stalls` is known after it, (when, how long) in seconds.
+
+    The times count from `warm_up_s` seconds after the start.
+    """
+
+    def __init__(self, warm_up_s: float = 0.0) -> None:
+        self.stalls: list[tuple[float, float]] = []
+        self._warm_up_s = warm_up_s
+
+    def __enter__(self) -> Self:
+        self._start = time.monotonic() + self._warm_up_s
+        self._process = subprocess.Popen([sys.executable, str(HERE / "stalls.py")], stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        out, _ = self._process.communicate()
+        lines = [line.split() for line in out.splitlines()]
+        self.stalls = [(float(when) - self._start, float(late)) for when, late in lines]

@@ -74,7 +74,7 @@ async def send_load(endpoint: Endpoint, groups: Sequence[Sequence[str]], load: L
     seconds = load.seconds
     if state.gone:
         seconds = min(seconds, max(state.last_answer_s, 1e-3))
-    return LoadRun(state.sent, seconds, time.process_time() - cpu, died=state.gone)
+    return LoadRun([Sent(*one) for one in state.sent], seconds, time.process_time() - cpu, died=state.gone)
 
 
 @dataclass
@@ -84,7 +84,8 @@ class _State:
     client: Client
     requests: Iterator[tuple[bytes, int]]
     load: Load
-    sent: list[Sent] = field(default_factory=list)
+    sent: list[tuple[float, float, float, int, str]] = field(default_factory=list)
+    """The fields of `Sent`; plain tuples, as the collector would walk through a million of `Sent` again and again."""
     gone: bool = False
 
     def __post_init__(self) -> None:
@@ -119,7 +120,7 @@ class _State:
             hold_off = min(response.retry_after_s or 0.0, LONGEST_BACK_OFF_S)
             self.last_answer_s = self.now()
         done_s = self.now()
-        self.sent.append(Sent(due_s, sent_s, done_s, texts, outcome))
+        self.sent.append((due_s, sent_s, done_s, texts, outcome))
         if outcome in {NO_CONNECTION, CONNECTION_LOST} and done_s - self.last_answer_s > GIVE_UP_S:
             self.gone = True
         return hold_off

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from effllm.errors import EffllmError, MissingExtra, SettingError
 from effllm.serving.app import admission_to, app_of
+from effllm.serving.garbage import settle
 from effllm.serving.served import Models
 from effllm.serving.settings import ServeSettings
 
@@ -148,6 +149,7 @@ async def run_app(models: Models, settings: ServeSettings, listener: socket.sock
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
+        settle()
         started(models, address(listener))
     await serving
     for task in reloads:

@@ -12,6 +12,7 @@ from typing import Self, get_args, get_type_hints
 
 from effllm import machine
 from effllm.errors import ArtifactError, SettingError, first_line
+from effllm.serving.garbage import settle
 from effllm.serving.instance import KINDS, Instance
 from effllm.serving.refusals import NotReady, QueueFull, TooMany, UnknownModel, WrongTask
 from effllm.serving.served import Answers, ModelInfo, ServedModel, TokenPiece
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 ENGINES = get_args(get_type_hints(ServeSettings)["engine"])
 POLL_S = 0.02
+SETTLE_S = 0.5
+"""After a model that was replaced is closed; by then its last callbacks have run."""
 
 
 class Model:
@@ -164,7 +167,11 @@ class Service:
         seconds = max(self._settings.drain, self._settings.timeout)
         task = asyncio.get_running_loop().create_task(self._retire(instance, seconds))
         self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        task.add_done_callback(self._retired)
+
+    def _retired(self, task: asyncio.Task[None]) -> None:
+        self._retiring.discard(task)
+        asyncio.get_running_loop().call_later(SETTLE_S, settle)
 
     async def close(self) -> None:
         """Refuse what is new, finish what was accepted within the drain time, and end the workers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -79,7 +80,37 @@ def test_a_soak_compares_its_ends() -> None:
     rows = list(serving.soak_rows(LoadRun(sent, 100.0), memory, {"role": "serving"}))
     assert found(rows, "request p99 of a fifth", fifth="first").value == pytest.approx(10)
     assert found(rows, "request p99 of a fifth", fifth="last").value == pytest.approx(20)
+    assert found(rows, "request p50 of a fifth", fifth="last").value == pytest.approx(20)
     assert found(rows, "memory growth").value == pytest.approx((1089.5 / 1009.5) - 1)
+
+
+def test_one_bad_stretch_of_a_soak_moves_the_p99_of_its_fifth_but_not_that_of_ten_seconds() -> None:
+    sent = [one._replace(done_s=one.due_s + (2.0 if 410 < one.due_s < 418 else 0.01)) for one in steady(10, 500)]
+    rows = list(serving.soak_rows(LoadRun(sent, 500.0), [], {"role": "serving"}))
+    assert found(rows, "request p99 of a fifth", fifth="last").value == pytest.approx(2000)
+    typical = found(rows, "request p99 of ten seconds", fifth="last")
+    assert (typical.value, typical.n) == (pytest.approx(10), 10)
+    assert typical.high == pytest.approx(10)
+
+
+def test_stalls_are_counted_by_the_fifth_they_fall_into() -> None:
+    stalls = [(-1.0, 9.0), (3.0, 0.5), (19.0, 0.25), (50.0, 4.0), (99.0, 0.125)]
+    rows = list(serving.stall_rows(stalls, 100.0, {"role": "serving"}))
+    assert [(row.how["fifth"], row.value, row.n) for row in rows] == [("first", 0.75, 2), ("last", 0.125, 1)]
+
+
+def test_a_machine_that_stands_still_is_seen() -> None:
+    from peers.processes import StallWatch
+
+    with StallWatch(warm_up_s=5.0) as watch:
+        time.sleep(0.5)
+        os.kill(watch._process.pid, signal.SIGSTOP)  # as if nothing ran
+        time.sleep(0.4)
+        os.kill(watch._process.pid, signal.SIGCONT)
+        time.sleep(0.3)
+    when, late = max(watch.stalls, key=lambda stall: stall[1])
+    assert late > 0.3
+    assert -5.0 < when < 0.0
 
 
 def test_peers_are_compared_round_by_round() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import shutil
 import signal
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from conftest import WORDS, make_model
 
 from effllm.errors import ArtifactError, SettingError
 from effllm.runtime.predictor import Predictor
+from effllm.serving.garbage import settle
 from effllm.serving.instance import Instance
 from effllm.serving.refusals import (
     BadInput,
@@ -369,6 +372,44 @@ def test_a_reload_answers_what_was_accepted_and_then_uses_the_new_folder(
             await asyncio.sleep(0.01)
 
     run({"model": served}, test)
+
+
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("thawed")
+def test_what_settled_and_became_garbage_is_freed_by_the_next_call() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    cycle = Cycle()
+    alive = weakref.ref(cycle)
+    settle()
+    del cycle
+    gc.collect()
+    assert alive() is not None  # the collector passes over it
+    settle()
+    assert alive() is None
+
+
+@pytest.mark.usefixtures("thawed")
+def test_a_model_settles_after_a_reload_and_the_one_before_is_freed(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        before = weakref.ref(service.find(None).instance)
+        await service.reload()
+        while service._retiring:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            while not gc.get_freeze_count():
+                await asyncio.sleep(0.01)
+        assert before() is None
+
+    run(classifier(folders), test)
 
 
 def test_closing_answers_what_was_accepted_and_refuses_what_is_new(folders: dict[str, Path]) -> None:
