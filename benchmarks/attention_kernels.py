@@ -134,7 +134,7 @@ def rooflines(scale: Scale) -> Iterator[Row]:
 def inputs(scale: Scale, batch: int, length: int, heads: int, width: int) -> list[list[Tensor]]:
     """Return enough (B, S, H, D) triples to miss the cache."""
     size = 3 * batch * length * heads * width * 2
-    count = max(2, min(32, CACHE_BYTES // size + 1)) if scale.gpu else 2
+    count = max(2, min(128, CACHE_BYTES // size + 1)) if scale.gpu else 2
     dtype = torch.bfloat16 if scale.gpu else torch.float32
     shape = (3, batch, length, heads, width)
     made = [torch.randn(shape, device=scale.device, dtype=dtype) for _ in range(count)]
@@ -239,13 +239,15 @@ def transformers_padded(real: Tensor) -> Call:
     The packed attention is PyTorch's own FlashAttention; the package flash_attn has to be compiled.
     """
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (needs a GPU)
-    from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input  # noqa: PLC0415
+    from transformers.modeling_flash_attention_utils import (  # noqa: PLC0415
+        _pad_input,
+        _unpad_input,
+        _upad_input,
+    )
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _ = bool(real.all())  # transformers asks this first, and waits for the answer
-        rows, places, starts, longest, *_ = _unpad_input(q, real)
-        keys, values = (_unpad_input(x, real)[0] for x in (k, v))
-        out = varlen_attn(rows, keys, values, starts, starts, longest, longest)
+        rows, keys, values, places, starts, longest = _upad_input(q, k, v, real, q.shape[1], _unpad_input)
+        out = varlen_attn(rows, keys, values, *starts, *longest)
         return _pad_input(out, places, *q.shape[:2])
 
     return call

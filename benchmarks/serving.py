@@ -17,9 +17,10 @@ other parts stay.
   with as many threads; its peak is measured in the same way.
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
 - **shapes**: 10,000 requests, each of another number of texts of other lengths; memory over it.
-- **soak**: half an hour of 80 % of what it can answer after ten minutes of full load (some hosts slow down under it).
-  For the first and the last fifth: memory; p50 and p99; the median of the p99s of its stretches of ten seconds, which
-  one bad minute does not move; and for how long the machine ran nothing. And what it can answer afterwards.
+- **soak**: half an hour of 80 % load, after minutes of full load. Hosts slow down under load, and by a fifth within
+  minutes for other reasons; so every minute the rate becomes 80 % of what the server answered in the ten seconds
+  before. For the first and the last fifth: memory; p50 and p99; the median of the p99s of ten seconds each, which one
+  bad minute does not move; and for how long the machine ran nothing.
 
 Every system has as many threads as it has cores: a server by hand runs as many requests at once as it gets, so fewer
 threads would bind the others only (`taskset` limits all of them alike). The machine must be idle otherwise, as beside
@@ -35,6 +36,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import random
 import signal
@@ -70,8 +72,12 @@ LOADS = ((CLIENTS, 16, 64), (CLIENTS, 8, 128), (1, 16, 64))
 """Clients, and the fewest and the most tokens of a text."""
 CLEAR = ("200", "429", "503", "504")
 """The outcomes that tell a client where it stands."""
-STRETCH_S = 10.0
-"""The time of a soak whose p99 is taken on its own."""
+SHORT_S = 10.0
+"""The time of a soak whose p99 is taken on its own, and in which the peak is measured before a stretch."""
+LOAD = 0.8
+"""What share of its peak a soak asks of a server."""
+STRETCH_S = 60.0
+"""The part of a soak that has a rate of its own."""
 PATIENCE_S = 60.0
 """How long a client waits: longer than the server's own limit, so that the server has to say something first."""
 
@@ -323,13 +329,17 @@ def shapes(plan: Plan) -> Iterator[Row]:
     patient = Load(clients=8, seconds=plan.shapes_s, warm_up_s=0.0, timeout_s=PATIENCE_S)
     with plan.ours() as server, watched(server, 0.0) as memory:
         sent: list[Sent] = []
-        began = time.perf_counter()
+        cpu_s, began = 0.0, time.perf_counter()
         while len(sent) < SHAPES:
             say(f"shapes: {len(sent)} of {SHAPES} requests")
             later = time.perf_counter() - began
-            part = run_async(send_load(server.endpoint, groups[len(sent) :], patient)).sent
-            sent += [one._replace(due_s=later + one.due_s, done_s=later + one.done_s) for one in part]
-        run = LoadRun(sent, time.perf_counter() - began)
+            part = run_async(send_load(server.endpoint, groups[len(sent) :], patient))
+            cpu_s += part.cpu_s
+            sent += [
+                one._replace(due_s=later + one.due_s, sent_s=later + one.sent_s, done_s=later + one.done_s)
+                for one in part.sent
+            ]
+        run = LoadRun(sent, time.perf_counter() - began, cpu_s)
     yield from soak_rows(run, memory, plan.how("shapes", tokens="4–256", clients=patient.clients))
 
 
@@ -353,20 +363,34 @@ def watched(server: ServerProcess, warm_up_s: float) -> Iterator[list[tuple[floa
 
 
 def soak(plan: Plan) -> Iterator[Row]:
-    """Measure 80 % of the peak for a long time."""
-    texts, seconds = texts_of_lengths(16, 64, TEXTS), max(plan.seconds, 10.0)
+    """Measure 80 % of the peak for a long time, the peak measured anew before each stretch."""
+    texts, seconds = texts_of_lengths(16, 64, TEXTS), plan.soak_minutes * 60
+    stretches = math.ceil(seconds / STRETCH_S)
+    sent: list[Sent] = []
+    memory: list[tuple[float, int]] = []
+    stalls: list[tuple[float, float]] = []
+    peaks: list[float] = []
+    cpu_s, warm_up_s = 0.0, seconds / 10
     with plan.ours() as server:
-        peaks = {"before": peak_rate(server, texts, seconds, warm_up_s=plan.soak_minutes * 60 / 3)}
-        load = Load(rate=0.8 * peaks["before"], seconds=plan.soak_minutes * 60, warm_up_s=10.0)
-        say(f"soak: {load.rate:.0f} requests/s for {plan.soak_minutes:g} minutes")
-        with watched(server, load.warm_up_s) as memory, StallWatch(load.warm_up_s) as machine_watch:
-            run = drive(server, texts, load)
-        peaks["after"] = peak_rate(server, texts, seconds)
-    how = plan.how("soak", tokens="16–64", rate=round(load.rate, 1))
-    for when, peak in peaks.items():
-        yield row("peak", peak, "texts/s", OURS, {**how, "role": "serving check", "when": when})
-    yield from soak_rows(run, memory, how)
-    yield from stall_rows(machine_watch.stalls, run.seconds, how)
+        for index in range(stretches):
+            peaks.append(peak_rate(server, texts, SHORT_S, warm_up_s=warm_up_s))
+            warm_up_s, later = 1.0, index * STRETCH_S
+            load = Load(rate=LOAD * peaks[-1], seconds=STRETCH_S, warm_up_s=1.0, seed=index)
+            say(f"soak: {load.rate:.0f} requests/s, minute {index + 1} of {stretches}")
+            with watched(server, load.warm_up_s) as sizes, StallWatch(load.warm_up_s) as machine_watch:
+                run = drive(server, texts, load)
+            cpu_s += run.cpu_s
+            sent += [
+                Sent(later + one.due_s, later + one.sent_s, later + one.done_s, one.texts, one.outcome)
+                for one in run.counted()
+            ]
+            memory += [(later + at, size) for at, size in sizes if 0 <= at < STRETCH_S]
+            stalls += [(later + at, late) for at, late in machine_watch.stalls if 0 <= at < STRETCH_S]
+    how = plan.how("soak", tokens="16–64", load=LOAD)
+    for index, peak in enumerate(peaks):
+        yield row("peak", peak, "texts/s", OURS, {**how, "role": "serving check", "minute": index + 1})
+    yield from soak_rows(LoadRun(sent, stretches * STRETCH_S, cpu_s), memory, how)
+    yield from stall_rows(stalls, stretches * STRETCH_S, how)
 
 
 def fifths(seconds: float) -> dict[str, tuple[float, float]]:
@@ -387,10 +411,10 @@ def soak_rows(run: LoadRun, memory: Sequence[tuple[float, int]], how: Mapping[st
             for label, quantile in (("p50", 0.5), ("p99", 0.99)):
                 value = float(np.quantile(latencies, quantile))
                 yield row(f"request {label} of a fifth", value, "ms", OURS, checks, n=len(latencies))
-            stretches = defaultdict(list)
+            shorts = defaultdict(list)
             for one in answered:
-                stretches[int((one.due_s - begin) / STRETCH_S)].append(one.latency_ms)
-            p99s = [float(np.quantile(stretch, 0.99)) for stretch in stretches.values()]
+                shorts[int((one.due_s - begin) / SHORT_S)].append(one.latency_ms)
+            p99s = [float(np.quantile(short, 0.99)) for short in shorts.values()]
             middle, low, high = median_interval(p99s)
             yield row("request p99 of ten seconds", middle, "ms", OURS, checks, n=len(p99s), low=low, high=high)
         if sizes:

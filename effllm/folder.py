@@ -17,7 +17,15 @@ from typing import Any
 from effllm.errors import ArtifactError, Unsupported
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_FILES = ("*.json", "*.safetensors", "*.onnx", "*.onnx_data", "*.txt", "*.model", "tokenizer*", "*/config.json")
+ONNX_FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_q4.onnx", "model.onnx")
+"""Where a folder's ONNX file lies, the first that is there."""
+HUB_FILES = (
+    *("*.json", "*.safetensors", "*.txt", "*.model", "tokenizer*"),
+    *(f"{name}{data}" for name in ONNX_FILES for data in ("", "_data")),
+)
+"""What is fetched of a hub id, as patterns whose stars go through folders too."""
+NOT_FETCHED = ("*/*.safetensors", "*/*.txt")
+"""What of it is not: the weights of other models in folders of their own."""
 POSITIONS_AFTER_PADDING = {
     *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"),
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
@@ -48,12 +56,16 @@ class ModelFolder:
 
     @property
     def labels(self) -> list[str]:
-        """The label names in the order of the logits; empty for models without a label head.
+        """The label names in the order of the logits; empty for models without a label head."""
+        return self.labels_of(self.architecture)
+
+    def labels_of(self, name: str) -> list[str]:
+        """Return the label names where the model's class has that name, or is what that auto class chooses.
 
         transformers writes no names where a model has two labels and never named them.
         """
         id2label = self.config.get("id2label") or {}
-        if not id2label and self.architecture.endswith(LABEL_HEADS):
+        if not id2label and name.endswith(LABEL_HEADS):
             return ["LABEL_0", "LABEL_1"]
         return [str(id2label[key]) for key in sorted(id2label, key=int)]
 
@@ -108,7 +120,7 @@ def _download(hub_id: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - half a second, needed for hub ids only
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=list(NOT_FETCHED)))
     except Exception as error:  # the hub client raises types of several libraries; each becomes one clear line
         reason = str(error).strip().splitlines()
         raise ArtifactError(

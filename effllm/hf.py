@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -341,7 +342,7 @@ def load_folder(
             )
     except ImportError as error:
         raise Unsupported(f"{folder.path} needs a package that is not installed: {first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ArtifactError(f"{folder.path} cannot be loaded by transformers: {first_line(error)}") from error
     if attention and not takes_attention(model):
         model.config._attn_implementation = "eager"  # the kind of mask goes by this name

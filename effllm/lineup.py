@@ -13,9 +13,9 @@ import numpy as np
 
 from effllm import machine
 from effllm.data.english import english_sentences
-from effllm.data.readers import read_examples
+from effllm.data.readers import read_examples, read_records
 from effllm.data.split import sample
-from effllm.errors import CheckFailed, SettingError
+from effllm.errors import CheckFailed
 from effllm.folder import ModelFolder, open_folder
 from effllm.measure.latency import Load, System
 from effllm.measure.latency import bench as bench_systems
@@ -144,15 +144,15 @@ def _examples(first: Entrant, settings: BenchSettings) -> tuple[list[Example], s
     task, head = first.task, predictor.head
     if settings.data is None:
         return sample(task.unlabelled(english_sentences(), head), AGREEMENT_TEXTS, 0), "English sentences"
-    columns, limit = settings.columns, settings.limit
-    try:
-        return read_examples(settings.data, task, head, gold=True, columns=columns, limit=limit), settings.data.name
-    except SettingError as unlabelled:
-        try:
-            examples = read_examples(settings.data, task, head, gold=False, columns=columns, limit=limit)
-        except SettingError:
-            raise unlabelled from None
-    return sample(examples, AGREEMENT_TEXTS, 0), settings.data.name
+    labelled = _is_labelled(settings.data, task, settings.columns)
+    examples = read_examples(settings.data, task, head, gold=labelled, columns=settings.columns, limit=settings.limit)
+    return examples if labelled else sample(examples, AGREEMENT_TEXTS, 0), settings.data.name
+
+
+def _is_labelled(data: Path, task: Task, columns: Mapping[str, str]) -> bool:
+    """Return whether a file has the task's reference answers, by the columns of its first record."""
+    first: Mapping[str, object] = next((record for _, record in read_records(data, columns)), {})
+    return not task.reference or task.reference in first
 
 
 def _quality(
@@ -210,6 +210,8 @@ def _loads(
             ids = rng.integers(min(1000, vocabulary // 2), vocabulary, (batch, tokens)).astype(np.int64)
             feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
             loads.append(Load({"batch": batch, "tokens": tokens}, [feeds]))
-    mix = [pad_batch([encoding], 0) for encoding in encodings]
+    # The first model's texts, cut to what the others take; which token it is changes no time.
+    cut = [{name: array[:, :longest] for name, array in pad_batch([e], 0).items()} for e in encodings]
+    mix = [{**feeds, "input_ids": feeds["input_ids"] % vocabulary} for feeds in cut]
     loads.append(Load({"batch": 1, "tokens": "mix", "data": data}, mix))
     return loads

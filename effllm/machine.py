@@ -5,6 +5,7 @@ Read from the operating system without importing torch or ONNX Runtime.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -12,7 +13,7 @@ import platform
 import resource
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PACKAGES = ("effllm", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "openvino", "numpy")
 
@@ -64,11 +65,17 @@ def usable_cores() -> int:
 
 
 def _cgroup_quota() -> int | None:
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if not quota.exists():
-        return None
-    limit, period = quota.read_text(encoding="ascii").split()
-    return None if limit == "max" else max(1, int(int(limit) / int(period)))
+    """Return the least quota of this process's cgroup (version 2) and those above it, in whole cores."""
+    group = "/"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
+            group = line.removeprefix("0::") if line.startswith("0::") else group
+    quotas = []
+    for part in (group, *map(str, PurePosixPath(group).parents)):
+        with contextlib.suppress(OSError, ValueError):
+            limit, period = Path(f"/sys/fs/cgroup{part.rstrip('/')}/cpu.max").read_text(encoding="ascii").split()
+            quotas += [max(1, int(int(limit) / int(period)))] if limit != "max" else []
+    return min(quotas, default=None)
 
 
 def cpu_name() -> str:

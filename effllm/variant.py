@@ -30,6 +30,9 @@ MANIFEST = "effllm.json"
 FORMAT = 1
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 WRITE_ERRORS = DISK_ERRORS | {errno.ENAMETOOLONG, errno.ENOTEMPTY}
+_OURS: set[Path] = set()
+"""The temporary folders of this process. One that only has its number was left by another: in a container the next
+process often has the number of the one that was killed."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
         raise ArtifactError(f"{file} is damaged: {file.stat().st_size} bytes, {entry['size_bytes']} were written")
     if sha256(file) != entry["sha256"]:
         raise ArtifactError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
+
+
+def check_whole(folder: Path) -> None:
+    """Check every file of a folder that effllm wrote, as `Variant.open` does; others have no digests to check."""
+    if is_variant(folder):
+        Variant.open(folder)
 
 
 def is_variant(folder: Path) -> bool:
@@ -178,7 +187,7 @@ def create(target: Path, *, force: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         check_target(target, force=force)
-        staging = Path(tempfile.mkdtemp(prefix=_prefix(target, "tmp"), dir=target.parent))
+        staging = _temporary(target, "tmp")
         staging.chmod(0o755)
         yield staging
         _sync(staging)
@@ -191,7 +200,7 @@ def create(target: Path, *, force: bool = False) -> Iterator[Path]:
         raise ArtifactError(f"cannot write {target}: {error.strerror}{where}; nothing was left behind") from error
     finally:
         if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
         with contextlib.suppress(OSError):
             for parent in new_parents:
                 parent.rmdir()  # fails, as it should, where the target is in it
@@ -202,7 +211,7 @@ def _publish(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=_prefix(target, "old"), dir=target.parent))
+    aside = _temporary(target, "old")
     moved = aside / target.name
     try:
         target.rename(moved)
@@ -210,11 +219,20 @@ def _publish(staging: Path, target: Path) -> None:
     finally:
         if moved.exists() and not target.exists():
             moved.rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
 
 
-def _prefix(target: Path, kind: str) -> str:
-    return f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}-"
+def _temporary(target: Path, kind: str) -> Path:
+    """Make a folder beside `target` whose name says whose it is."""
+    prefix = f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    _OURS.add(folder)
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _OURS.discard(folder)
 
 
 def _sweep(target: Path) -> None:
@@ -223,7 +241,7 @@ def _sweep(target: Path) -> None:
     ours = re.compile(rf"\.{name}\.(old|tmp)-{host}-(\d+)-\w+")
     for leftover in sorted(target.parent.iterdir()):
         match = ours.fullmatch(leftover.name)
-        if match is None or _alive(int(match[2])):
+        if match is None or leftover in _OURS or (int(match[2]) != os.getpid() and _alive(int(match[2]))):
             continue
         moved = leftover / target.name
         if match[1] == "old" and moved.exists() and not target.exists():

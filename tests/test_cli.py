@@ -17,8 +17,9 @@ from conftest import LABELS, make_model
 import effllm
 from effllm.cli import COMMANDS, cli, entry, main
 from effllm.cli.console import give_rows
-from effllm.errors import ArtifactError
+from effllm.errors import ArtifactError, GateFailed
 from effllm.rows import Row, read_rows
+from effllm.variant import write_manifest
 
 
 def run(*arguments: object) -> int:
@@ -172,6 +173,30 @@ def test_missing_model_and_existing_output(
     assert run("export", classifier, "--out", taken, "--force") == 2
     assert "was not written by effllm" in one_line(capsys)
     assert (taken / "thesis.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("verb", ["compress", "finetune", "pretrain"])
+def test_a_flipped_byte_in_what_is_started_from_is_found(
+    verb: str, classifier: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tokens if verb == "pretrain" else classifier, copy)
+    if verb != "pretrain":
+        write_manifest(copy, {"task": "text-classification"})
+    file = copy / ("train/tokens.bin" if verb == "pretrain" else "model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-8] ^= 1
+    file.write_bytes(content)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a", "label": "positive"}\n' * 40, encoding="utf-8")
+    more = {
+        "compress": ["--method", "magnitude"],
+        "finetune": ["--task", "text-classification", "--train", data],
+        "pretrain": ["--model", "tiny", "--steps", 1, "--batch-size", 2, "--max-length", 16],
+    }[verb]
+    assert run(verb, copy, "--out", tmp_path / "out", *more) == 2
+    assert "is damaged: its SHA-256" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("verb", ["predict", "eval", "show"])
@@ -346,15 +371,63 @@ def test_an_ended_run_leaves_no_folder_and_a_rerun_works(end: signal.Signals, cl
     assert effllm.Variant.open(target).task == "text-classification"
 
 
-def test_an_interrupted_training_tells_how_to_go_on(capsys) -> None:
+def test_an_interrupted_training_tells_how_to_go_on(tmp_path: Path) -> None:
     from effllm.cli.training import Interrupted, follow
 
     def steps():
         raise KeyboardInterrupt
         yield
 
+    with pytest.raises(Interrupted, match="there was no checkpoint yet"):
+        follow(steps(), 10, tmp_path)
+    (tmp_path / "seed-0" / "checkpoints" / "step-00000500").mkdir(parents=True)
     with pytest.raises(Interrupted, match="--resume goes on"):
-        follow(steps(), 10)
+        follow(steps(), 10, tmp_path)
+
+
+def test_an_argument_that_is_not_utf8_is_one_line_before_any_work(capsys) -> None:
+    assert main(["prepare", "caf\udce9.txt", "--out", "tokens"]) == 2
+    assert "error: 'caf?.txt' is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress", "M", "--method", "int8", "--out", "o", "--max-drop", "nan"],
+        ["bench", "M", "--min-agreement", "nan"],
+    ],
+)
+def test_a_share_that_is_no_number_is_refused(arguments: list[str], capsys) -> None:
+    assert main(arguments) == 2
+    assert "nan is not in the range" in capsys.readouterr().err
+
+
+def test_rows_of_a_broken_gate_go_where_all_rows_go(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise GateFailed("int8: lost", [Row("accuracy", 0.5, "absolute", "int8")])
+
+    monkeypatch.setattr("effllm.compression.pipeline.compress", lost)
+    arguments = ["compress", classifier, "--method", "int8", "--out", tmp_path / "out"]
+    assert main([*map(str, arguments), "--json", "-"]) == 3
+    out, err = capsys.readouterr()
+    assert json.loads(out)["value"] == 0.5
+    assert "error: int8: lost" in err
+    assert main([*map(str, arguments), "--html", str(tmp_path / "page.html")]) == 3
+    assert "int8: lost" in (tmp_path / "page.html").read_text()
+
+
+def test_files_are_written_though_the_tables_cannot_be_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from effllm.cli import console
+
+    def unprintable(rows: object) -> None:
+        raise UnicodeEncodeError("latin-1", "–", 0, 1, "")
+
+    monkeypatch.setattr(console, "print_rows", unprintable)
+    with pytest.raises(UnicodeEncodeError):
+        console.give_rows([Row("accuracy", 0.5, "absolute", "int8")], str(tmp_path / "rows.jsonl"))
+    assert (tmp_path / "rows.jsonl").is_file()
 
 
 def test_what_an_interrupt_says_is_said_to_the_user(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -428,7 +501,7 @@ def test_an_interrupt_arrives_once_and_the_exit_code_is_130(body: str, said: str
 def test_bench_times_only_what_agrees(classifier: Path, exported: Path, tmp_path: Path, capsys) -> None:
     rows = tmp_path / "rows.jsonl"
     page = tmp_path / "page.html"
-    flags = ["--rounds", 3, "--tokens", "4,8", "--batch", "1,2", "--json", rows, "--html", page]
+    flags = ["--rounds", 6, "--tokens", "4,8", "--batch", "1,2", "--json", rows, "--html", page]
     assert run("bench", classifier, exported, *flags) == 0
     measured = read_rows(rows)
     systems = {row.system for row in measured}

@@ -241,16 +241,38 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert "is a file; expected a model folder or a hub id" in refused(tmp_path / "model.bin")
 
 
+HUB = {
+    "config.json": True,
+    "model.safetensors": True,
+    "tokenizer.json": True,
+    "vocab.txt": True,
+    "1_Pooling/config.json": True,
+    "onnx/model.onnx": True,
+    "onnx/model.onnx_data": True,
+    "onnx/model_quantized.onnx": True,
+    "onnx/model_O4.onnx": False,
+    "onnx/model_qint8_avx512.onnx": False,
+    "openvino/openvino_model.bin": False,
+    "pytorch_model.bin": False,
+    "modeling.py": False,
+    "2_Dense/model.safetensors": False,
+    "checkpoint-500/model.safetensors": False,
+}
+"""A hub repository's files, and whether effllm fetches them."""
+
+
 def test_a_hub_id_is_asked_of_the_hub_once_and_its_folder_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
     asked = []
 
-    def download(hub_id: str, allow_patterns: list[str]) -> str:
+    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append(hub_id)
-        assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in allow_patterns)
+        fetched = set(filter_repo_objects(HUB, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert fetched == {name for name, wanted in HUB.items() if wanted}
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -12,6 +12,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import transformers
+from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 import effllm
@@ -126,3 +127,41 @@ def test_a_quantization_config_that_says_nothing_is_an_error(classifier: Path, t
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "effllm"}}))
     with pytest.raises(ArtifactError, match="cannot be loaded by transformers"):
         effllm.load(folder)
+
+
+@pytest.mark.parametrize("damage", ["not one", "an unknown kind", "a pointer"])
+def test_a_tokenizer_that_transformers_cannot_read_is_one_error(damage: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(
+        {
+            "not one": "{}",
+            "an unknown kind": json.dumps(content | {"model": {**content["model"], "type": "Unheard"}}),
+            "a pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+        }[damage]
+    )
+    pointer = r" \(it is a git-lfs pointer" if damage == "a pointer" else ""
+    with pytest.raises(ArtifactError, match=f"tokenizer of .* cannot be loaded by transformers{pointer}"):
+        by_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True}, "has texts lower-cased"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "puts the prompt 'query' before"),
+    ],
+)
+def test_settings_that_change_texts_before_they_are_embedded_are_refused(
+    file: str, content: dict, reason: str, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", "bert", "feature-extraction")
+    assert len(effllm.open(folder).embed(["a fox"])) == 1
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(effllm.Unsupported, match=reason):
+        effllm.open(folder)
+    if file == "sentence_bert_config.json":
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": True}))
+        assert len(effllm.open(folder).embed(["a fox"])) == 1

@@ -53,9 +53,25 @@ def test_usable_cores_are_the_smaller_of_affinity_and_quota(
     file = tmp_path / "cpu.max"
     if quota is not None:
         file.write_text(quota)
-    monkeypatch.setattr(machine, "Path", lambda name: file if name == "/sys/fs/cgroup/cpu.max" else Path(name))
+    known = {"/sys/fs/cgroup/cpu.max": file, "/proc/self/cgroup": tmp_path / "none"}
+    monkeypatch.setattr(machine, "Path", lambda name: known.get(name, tmp_path / "missing"))
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
     assert machine.usable_cores() == cores
+
+
+def test_the_quota_of_a_service_lies_in_its_own_group_or_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name.lstrip("/"))
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in {
+        "proc/self/cgroup": "1:cpu:/other\n0::/system.slice/server.service\n",
+        "sys/fs/cgroup/system.slice/cpu.max": "300000 100000\n",
+        "sys/fs/cgroup/system.slice/server.service/cpu.max": "max 100000\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert machine.usable_cores() == 3
+    (tmp_path / "sys/fs/cgroup/system.slice/server.service/cpu.max").write_text("200000 100000\n")
+    assert machine.usable_cores() == 2
 
 
 def test_the_description_is_one_line_with_cores() -> None:

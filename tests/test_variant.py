@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -178,8 +179,9 @@ def test_a_model_file_without_a_digest_is_refused(tmp_path: Path, name: object) 
 
 
 def test_only_the_manifests_graph_answers(classifier: Path, tmp_path: Path) -> None:
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "any", [x], [y])
+    names = ("input_ids", "logits")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "s"]) for name in names)
+    graph = helper.make_graph([helper.make_node("Identity", names[:1], names[1:])], "any", [x], [y])
     folder = tmp_path / "trained"
     shutil.copytree(classifier, folder)
     write_manifest(folder, CONTENT | {"model_file": ""})
@@ -390,6 +392,23 @@ def test_a_killed_writer_leaves_no_target_and_the_next_sweeps_its_rest(tmp_path:
     assert len(names(tmp_path)) == 1
     assert text_of(make(tmp_path / "small", "new")) == "new"
     assert names(tmp_path) == ["small"]
+
+
+def test_what_another_process_of_our_number_left_is_swept(tmp_path: Path) -> None:
+    target = make(tmp_path / "small", "old")
+    aside = tmp_path / f".small.old-{socket.gethostname()}-{os.getpid()}-abc"  # as after a restart of a container
+    aside.mkdir()
+    target.rename(aside / "small")
+    (tmp_path / f".small.tmp-{socket.gethostname()}-{os.getpid()}-def").mkdir()
+    with pytest.raises(SettingError, match="small exists"):
+        make(target, "new")
+    assert text_of(target) == "old"
+    assert names(tmp_path) == ["small"]
+    with create(tmp_path / "small", force=True) as outer:
+        fill(outer, "outer")
+        make(tmp_path / "small", "inner", force=True)  # leaves what this process is writing
+        assert outer.is_dir()
+    assert text_of(target) == "outer"
 
 
 def test_a_writer_killed_while_replacing_leaves_the_old_folder(tmp_path: Path, living: list) -> None:

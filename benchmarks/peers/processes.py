@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,8 +72,7 @@ class ServerProcess:
             self._process.kill()
             self._process.wait()
         for pid in children[1:]:  # LitServe's, among others, outlive their parent
-            if Path(f"/proc/{pid}").exists():
-                os.kill(pid, 9)
+            _signal(pid, signal.SIGKILL)
         self._log.close()
 
     def _wait(self) -> None:
@@ -108,12 +108,12 @@ class ServerProcess:
     def stop(self) -> None:
         """Stop the family until `resume`: an idle server that polls would take time from the one that is measured."""
         for pid in self.family():
-            os.kill(pid, signal.SIGSTOP)
+            _signal(pid, signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let the family go on."""
         for pid in self.family():
-            os.kill(pid, signal.SIGCONT)
+            _signal(pid, signal.SIGCONT)
 
     def workers(self) -> list[int]:
         """Return the ids of the processes that hold a model: those that multiprocessing spawned."""
@@ -127,6 +127,11 @@ class ServerProcess:
                 if line.startswith(b"VmRSS:"):
                     total += int(line.split()[1]) * 1024
         return total
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended since it was seen
+        os.kill(pid, number)
 
 
 def _read(pid: int, name: str) -> bytes:
@@ -163,7 +168,10 @@ class RawLoop:
             raise RuntimeError("the loop was not started")
         command = {"texts": texts, "chunk": chunk, "seconds": seconds, "apart": apart}
         print(json.dumps(command), file=self._process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._line() or "null")
+        line = self._line()
+        if not line:
+            raise SystemExit(f"the raw loop ended with exit code {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def _line(self) -> str:

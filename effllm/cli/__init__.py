@@ -1,18 +1,19 @@
 """The command line: one verb per file, thin. A verb is one file and one line in `COMMANDS`.
 
-Results go to stdout; progress and messages to stderr. Exit codes: 0 done, 2 wrong input, 3 a check or gate failed,
-130 interrupted. Anything else is a bug of effllm and keeps its traceback.
+Results go to stdout; progress and messages to stderr. Exit codes: 0 done, 1 nobody reads the output any more, 2 wrong
+input, 3 a check or gate failed, 130 interrupted. Anything else is a bug of effllm and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 
 import click
 
 from effllm.cli import interrupt
-from effllm.errors import EffllmError, GateFailed
+from effllm.errors import EffllmError, SettingError
 
 COMMANDS = {
     "prepare": "effllm.cli.prepare:prepare",
@@ -70,7 +71,9 @@ INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
+        _check_text(given)
         result = cli.main(args=arguments, prog_name="effllm", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
@@ -81,15 +84,18 @@ def main(arguments: list[str] | None = None) -> int:
         click.echo(f"interrupted; {str(error.__cause__ or '') or 'nothing was written'}", err=True)
         return INTERRUPTED
     except EffllmError as error:
-        if isinstance(error, GateFailed):
-            from effllm.cli.console import print_rows
-
-            print_rows(error.rows)
         click.echo(f"error: {error}", err=True)
         return error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Raise SettingError for an argument that is not UTF-8: no manifest or table could hold such a name."""
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = argument.encode("utf-8", "replace").decode("utf-8")
+            raise SettingError(f"{shown!r} is not UTF-8; rename the file, or write the text as UTF-8") from None
 
 
 def entry() -> None:

@@ -6,7 +6,7 @@ import click
 from click.core import ParameterSource
 
 from effllm.cli.bench_url import bench_url, check_flags
-from effllm.cli.options import COLUMNS, HTML, JSON, TASK, settings_options
+from effllm.cli.options import COLUMNS, HTML, JSON, SHARE, TASK, settings_options
 from effllm.measure.server_settings import ServerSettings
 from effllm.settings import parse_numbers
 
@@ -33,11 +33,11 @@ Examples:
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of every system.")
 @click.option("--tokens", default="16,64,128", show_default=True, help="Lengths to time; with --url also as 16-64.")
 @click.option("--batch", "batch_sizes", default="1,16", show_default=True, help="Batch sizes to time.")
-@click.option("--rounds", type=click.IntRange(min=3), default=11, show_default=True, help="Interleaved repeats.")
+@click.option("--rounds", type=click.IntRange(min=6), default=11, show_default=True, help="Interleaved repeats.")
 @click.option("--engine", "engines", multiple=True, metavar="NAME", help="Also run every ONNX folder on this engine.")
 @click.option(
     "--min-agreement",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.9,
     show_default=True,
     help="Stop, before anything is timed, where a system agrees less with the dense model.",

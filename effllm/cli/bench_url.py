@@ -22,6 +22,10 @@ GENERATED = 2000
 def check_flags(context: click.Context, settings: ServerSettings, models: Sequence[str]) -> None:
     """Refuse flags that the chosen form of `bench` would ignore. Raises SettingError, or click's own UsageError."""
     given = {p.name: p.opts[-1] for p in context.command.params if p.name and _given(context, p.name)}
+    useless = ("columns",) if settings.url else ("columns", "limit")
+    for name in useless:
+        if name in given and "data" not in given:
+            raise SettingError(f"{given[name]} is about the file of --data, and there is none")
     if settings.url:
         wrong = [given[name] for name in ONLY_MODELS if name in given]
         if models or wrong:
@@ -64,7 +68,7 @@ def bench_url(
     died: CheckFailed | None = None
     with progress() as track:
         try:
-            for row in bench_server(settings, sets, task or "feature-extraction", track):
+            for row in bench_server(settings, sets, task or "", track):
                 rows.append(row)
         except CheckFailed as error:
             died = error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from effllm.cli.options import COLUMNS, FORCE, HTML, JSON, OUT, TASK, THREADS
+from effllm.cli.options import COLUMNS, FORCE, HTML, JSON, OUT, SHARE, TASK, THREADS
 
 
 @click.command(
@@ -46,7 +46,7 @@ Examples:
 @COLUMNS
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.01,
     show_default=True,
     help="The share of the dense metric (or of the agreement) that may be lost.",
@@ -88,27 +88,32 @@ def compress(
     from effllm.compression import parse_method
     from effllm.compression.pipeline import compress as run
     from effllm.data.readers import parse_columns
+    from effllm.errors import GateFailed
 
-    methods = [parse_method(spec) for spec in specs]
-    with progress() as track:
-        variant = run(
-            model,
-            out,
-            method=methods,
-            task=task,
-            calib=calib,
-            train=train,
-            teacher=teacher,
-            dev=dev,
-            columns=parse_columns(columns),
-            dev_limit=dev_limit,
-            max_drop=max_drop,
-            threads=threads,
-            force=force,
-            track=track,
-        )
+    methods, title = [parse_method(spec) for spec in specs], f"{Path(model).name}: {', '.join(specs)}"
+    try:
+        with progress() as track:
+            variant = run(
+                model,
+                out,
+                method=methods,
+                task=task,
+                calib=calib,
+                train=train,
+                teacher=teacher,
+                dev=dev,
+                columns=parse_columns(columns),
+                dev_limit=dev_limit,
+                max_drop=max_drop,
+                threads=threads,
+                force=force,
+                track=track,
+            )
+    except GateFailed as error:
+        give_rows(error.rows, json_file, html_file, title, [str(error)])
+        raise
     notes = variant.manifest["notes"]
-    give_rows(variant.rows, json_file, html_file, f"{Path(model).name}: {', '.join(specs)}", notes)
+    give_rows(variant.rows, json_file, html_file, title, notes)
     for note in notes:
         say(f"· {note}")
     more = f"bench {model} {variant.path}" if variant.manifest["model_file"] else f"eval {variant.path} --data FILE"

@@ -68,18 +68,22 @@ def write_html(target: str, rows: Sequence[Row], title: str, notes: Sequence[str
 def give_rows(
     rows: Sequence[Row], json_file: str | None, html_file: str | None = None, title: str = "", notes: Sequence[str] = ()
 ) -> None:
-    """Print rows as tables, unless their JSON goes to stdout, and write the files that were asked for.
+    """Write the files that were asked for, and print rows as tables, unless their JSON goes to stdout.
 
-    Raises ArtifactError for a file that cannot be written; the other one is written all the same.
+    Raises ArtifactError for a file that cannot be written; the rest is written and printed all the same.
     """
-    if json_file != "-":
-        print_rows(rows)
     try:
-        if json_file:
+        if json_file and json_file != "-":
             write_json(json_file, rows)
     finally:
-        if html_file:
-            write_html(html_file, rows, title, notes)
+        try:
+            if html_file:
+                write_html(html_file, rows, title, notes)
+        finally:
+            if json_file == "-":
+                write_json(json_file, rows)
+            else:
+                print_rows(rows)
 
 
 @contextlib.contextmanager

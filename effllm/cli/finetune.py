@@ -56,6 +56,7 @@ def finetune(
     from effllm.cli.training import follow, is_first_process
     from effllm.data.readers import parse_columns
     from effllm.train.finetune import finetune as run
+    from effllm.train.finetune import work_folder
 
     steps = run(
         model,
@@ -70,7 +71,9 @@ def finetune(
         resume=resume,
         force=force,
     )
-    follow(((f"seed {s.seed}  " if seeds > 1 else "", s.record) for s in steps), settings.log_every)
+    follow(
+        ((f"seed {s.seed}  " if seeds > 1 else "", s.record) for s in steps), settings.log_every, work_folder(Path(out))
+    )
     if not is_first_process():
         return
     variant = Variant.open(Path(out))

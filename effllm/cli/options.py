@@ -23,6 +23,21 @@ OUT = click.option("--out", required=True, metavar="DIR", help="The folder to wr
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads to run and time with; default all cores.")
 
 
+class _Share(click.FloatRange):
+    """A number from 0 to 1. NaN, which click lets through, is none: every comparison with it would pass."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number != number:  # noqa: PLR0124 - NaN
+            self.fail("nan is not in the range 0<=x<=1.", param, ctx)
+        return number
+
+
+SHARE = _Share(0, 1)
+
+
 def _can_be_written(context: click.Context, option: click.Parameter, file: str | None) -> str | None:
     """Return the file that a flag names. Raises SettingError, before any work is done, unless it can be written."""
     import tempfile

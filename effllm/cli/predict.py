@@ -83,5 +83,12 @@ def _readable(answer: Any) -> str:
         return f"{answer['answer']!r}  (characters {answer['start']}–{answer['end']}, score {answer['score']:.2f})"
     if "similarity" in answer:
         return f"similarity {answer['similarity']:.4f}"
-    perplexity = "perplexity {perplexity:.2f} over {tokens} tokens"
-    return ("{label}  ({score:.4f})" if "label" in answer else perplexity).format(**answer)
+    return (
+        _classes(answer) if "label" in answer else "perplexity {perplexity:.2f} over {tokens} tokens".format(**answer)
+    )
+
+
+def _classes(answer: Any) -> str:
+    likeliest = f"{answer['label']}  ({answer['score']:.4f})"
+    labels = answer.get("labels")
+    return likeliest if labels is None else f"{', '.join(labels) or 'none'}  (likeliest: {likeliest})"

@@ -51,7 +51,7 @@ def pretrain(data: str, out: str, branch: str | None, resume: bool, force: bool,
     if trunk:
         settings = trunk.decaying(settings.steps, _free_settings(settings))
     records = run(data, out, settings, trunk=trunk, resume=resume, force=force)
-    follow((("", record) for record in records), settings.log_every)
+    follow((("", record) for record in records), settings.log_every, Path(out))
     if is_first_process():
         judged = (Path(out) / "best").exists()  # not without held-out text
         folders = "last and best are model folders" if judged else "last is a model folder"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from effllm.cli.console import say
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from effllm.train.loop import StepRecord
 
 
@@ -21,15 +23,19 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a run that keeps checkpoints; its text tells how to go on."""
 
 
-def follow(records: Iterable[tuple[str, StepRecord]], log_every: int) -> None:
+def follow(records: Iterable[tuple[str, StepRecord]], log_every: int, work: Path) -> None:
     """Draw steps, each with the name of its run, on stderr; of several processes only the first says anything.
 
-    Raises Interrupted for Ctrl-C.
+    `work` is the folder in which checkpoints are kept, at any depth. Raises Interrupted for Ctrl-C.
     """
     try:
         _draw(records, log_every)
     except KeyboardInterrupt:
-        raise Interrupted("the checkpoints stay, and the same command with --resume goes on from the last") from None
+        from effllm.train.checkpoint import CHECKPOINTS
+
+        kept = any(work.glob(f"**/{CHECKPOINTS}/step-*"))
+        text = "the checkpoints stay, and the same command with --resume goes on from the last"
+        raise Interrupted(text if kept else "there was no checkpoint yet; --resume begins anew") from None
 
 
 def _draw(records: Iterable[tuple[str, StepRecord]], log_every: int) -> None:

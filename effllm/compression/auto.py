@@ -215,7 +215,10 @@ class Search:
     def __post_init__(self) -> None:
         if not self.journal.is_file():
             return
-        for line in self.journal.read_text(encoding="utf-8").splitlines():
+        text = self.journal.read_text(encoding="utf-8")
+        if not text.endswith("\n"):  # what is written next should not continue the line that a kill cut off
+            self.journal.write_text(text + "\n", encoding="utf-8")
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
             except ValueError:  # the line that was being written when the process was killed

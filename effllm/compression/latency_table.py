@@ -1,8 +1,8 @@
 """What heads and neurons cost in milliseconds: measured on this machine, in ONNX Runtime, on the exported model.
 
 Each point of the table is the whole model with so many heads, or so many neurons, in every layer, so that everything
-around them is as it will be; what a layer costs is the difference to the dense model, shared among the layers. Between
-points cost is a straight line.
+around them is as it will be; what a layer costs is the difference to the dense model, shared among the layers that were
+made narrower. Between points cost is a straight line.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ POINTS = {"heads": 3, "neurons": 4}
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """`heads_ms` and `neurons_ms` map how many units every layer has to the model's median latency in milliseconds.
+    """What the whole model took with layers of several widths, and what a layer's width is therefore worth.
 
-    The largest entries are the dense model; `layers` is how many layers it has, `where` what was run, in words.
+    `heads_ms` and `neurons_ms` map how many units every layer had at most to the model's median latency in
+    milliseconds; the largest entries are the model as it is, whose layers have `heads` and `neurons`. `where` says what
+    was run, in words.
     """
 
     heads_ms: Mapping[int, float]
     neurons_ms: Mapping[int, float]
-    layers: int
+    heads: Sequence[int]
+    neurons: Sequence[int]
     where: str
 
     @property
@@ -48,22 +51,18 @@ class LatencyTable:
         """The latency of the model as it is."""
         return self.heads_ms[max(self.heads_ms)]
 
-    def saved_ms(self, points: Mapping[int, float], units: Sequence[int] | torch.Tensor) -> np.ndarray:
-        """Return what one layer with so many units saves against the dense one. More units never cost less."""
-        at = sorted(points)
-        rising = np.minimum.accumulate([points[k] for k in reversed(at)])[::-1]
-        return (self.dense_ms - np.interp(np.asarray(units), at, rising)) / self.layers
-
     def predict_ms(self, heads: Sequence[int], neurons: Sequence[int]) -> float:
         """Return the latency of the model with so many heads and so many neurons in its layers."""
-        saved = self.saved_ms(self.heads_ms, heads).sum() + self.saved_ms(self.neurons_ms, neurons).sum()
-        return self.dense_ms - float(saved)
+        saved = 0.0
+        for points, counts, left in ((self.heads_ms, self.heads, heads), (self.neurons_ms, self.neurons, neurons)):
+            saved += float((layer_ms(points, counts, counts) - layer_ms(points, counts, left)).sum())
+        return self.dense_ms - saved
 
-    def costs(self, heads: Sequence[Block], neurons: Sequence[Block]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def costs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return for each layer what 0, 1, … units cost relative to all of them, in milliseconds, at most 0."""
         tables = [
-            [torch.from_numpy(-self.saved_ms(points, torch.arange(b.count + 1))) for b in found]
-            for points, found in ((self.heads_ms, heads), (self.neurons_ms, neurons))
+            [torch.from_numpy(ms - ms[-1]) for ms in (layer_ms(points, counts, range(n + 1)) for n in counts)]
+            for points, counts in ((self.heads_ms, self.heads), (self.neurons_ms, self.neurons))
         ]
         return tables[0], tables[1]
 
@@ -80,6 +79,20 @@ class LatencyTable:
             "heads_ms": {str(k): v for k, v in self.heads_ms.items()},
             "neurons_ms": {str(k): v for k, v in self.neurons_ms.items()},
         }
+
+
+def layer_ms(points: Mapping[int, float], counts: Sequence[int], units: Sequence[int]) -> np.ndarray:
+    """Return what a layer of so many units takes beyond one of the fewest that were measured. More never cost less.
+
+    Between two points of the table, what the model takes more is shared among the layers that are wider there: those of
+    `counts`, each as far as it reaches.
+    """
+    at = np.array(sorted(points))
+    taken = np.minimum.accumulate([points[k] for k in reversed(at.tolist())])[::-1]
+    reach = np.clip((np.array(counts)[:, None] - at[:-1]) / np.diff(at), 0, 1).sum(axis=0)
+    added = np.concatenate([[0.0], np.cumsum(np.diff(taken) / reach)])
+    ms: np.ndarray = np.interp(np.array(units), at, added)
+    return ms
 
 
 def measure(
@@ -103,7 +116,8 @@ def measure(
         for kind, points in wanted.items()
     }
     where = f"ONNX Runtime fp32, batch {batch} × {length} tokens, {job.threads} threads"
-    return LatencyTable(tables["heads"], tables["neurons"], len(heads), where)
+    counts = {kind: [block.count for block in blocks] for kind, blocks in found.items()}
+    return LatencyTable(tables["heads"], tables["neurons"], counts["heads"], counts["neurons"], where)
 
 
 def _points(most: int, least: int, count: int) -> list[int]:

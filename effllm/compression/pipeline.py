@@ -38,7 +38,16 @@ from effllm.runtime.tokenizer import TextTokenizer
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import Example, Task, scoring, task_of
-from effllm.variant import Variant, check_target, create, is_variant, read_manifest, weights_digest, write_manifest
+from effllm.variant import (
+    Variant,
+    check_target,
+    check_whole,
+    create,
+    is_variant,
+    read_manifest,
+    weights_digest,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -313,6 +322,7 @@ def _open_folder(model: str | Path, task: str | None) -> tuple[ModelFolder, Task
     folder = open_folder(model, weights=not _is_onnx_only(model))
     if is_variant(folder.path) and not folder.has_weights:
         raise Unsupported(f"{model} is an exported ONNX folder; start from the model that it was exported from")
+    check_whole(folder.path)
     return folder, task_of(folder, task)
 
 

@@ -18,6 +18,7 @@ from effllm.runtime.pooling import read_pooling
 from effllm.train.recover import Lesson, retrain
 from effllm.train.settings import FinetuneSettings
 from effllm.train.teacher import check_shapes, check_teacher
+from effllm.variant import check_whole
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
@@ -73,6 +74,7 @@ def open_teacher(source: Source, teacher: str | Path, methods: Sequence[Method])
     if not training:
         raise SettingError("--teacher needs a method that trains, such as distil; auto always learns from MODEL")
     folder = open_folder(teacher)
+    check_whole(folder.path)
     check_teacher(folder, source.folder, source.task, source.head)
     if folder.max_length < source.folder.max_length:
         raise SettingError(

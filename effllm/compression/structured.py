@@ -76,7 +76,7 @@ class Structured:
         table: LatencyTable | None = None
         if self.latency:
             table = measure(job, heads, neurons, batch=self.batch, length=self.length)
-            costs = Costs(*table.costs(heads, neurons), table.budget_ms(self.latency), table.dense_ms)
+            costs = Costs(*table.costs(), table.budget_ms(self.latency), table.dense_ms)
         else:
             costs = Costs.of_weights(heads, neurons, self.flops)
         costs.check()

@@ -134,7 +134,10 @@ def _rows(source: Source) -> Iterator[tuple[int, str]]:
     number = 0
     for number, record in enumerate(_stream(*source.name.partition(":")[::2]), start=1):
         where = f"{source.name}, row {number}"
-        yield 0, _text(renamed(record, source.columns, where), where)
+        text = _text(renamed(record, source.columns, where), where)
+        if len(text) > MAX_CHARACTERS:
+            raise ArtifactError(f"{where} has more than {MAX_CHARACTERS:,} characters, the most of one document")
+        yield 0, text
     if not number:
         raise ArtifactError(f"{source.name} holds no documents")
 

@@ -154,6 +154,9 @@ def _parse_table(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, 
             if header and cells:
                 if len(cells) != len(header):
                     raise ArtifactError(f"{path}:{start} does not have the {len(header)} columns of the header")
+                if kind == ".tsv" and any("\t" in cell and "\n" in cell for cell in cells):
+                    message = "holds tabs and several lines in one field: a quotation mark opens it and is closed later"
+                    raise ArtifactError(f"{path}:{start} {message}; double the marks that are text, or use .jsonl")
                 yield start, dict(zip(header, cells, strict=True))
             header, start = header or cells, reader.line_num + 1
     except csv.Error as error:

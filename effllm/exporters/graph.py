@@ -64,7 +64,7 @@ class Graph:
         self.model.graph.node.extend(nodes)
 
     def finish(self) -> onnx.ModelProto:
-        """Drop nodes and constants that no output needs, and return the model, checked for consistency."""
+        """Drop nodes and constants that no output needs, and return the model. No node may hold a graph of its own."""
         needed = {output.name for output in self.model.graph.output}
         kept = []
         for node in reversed(self.model.graph.node):

@@ -115,7 +115,7 @@ def _write_modules(source: Source, target: Path) -> None:
     known = read_json(source.folder.path / "config_sentence_transformers.json", {})
     write_json(
         target / "config_sentence_transformers.json",
-        {"prompts": known.get("prompts", {}), "default_prompt_name": known.get("default_prompt_name")},
+        {"prompts": known.get("prompts", {}), "default_prompt_name": None},
     )
 
 

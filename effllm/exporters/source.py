@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from effllm.errors import ArtifactError, Unsupported, first_line
-from effllm.folder import ModelFolder, has_tokenizer
+from effllm.folder import ModelFolder, disguise, has_tokenizer
 from effllm.hf import load_trained, quiet
 from effllm.runtime.pooling import read_pooling
 from effllm.tasks import Head, Task
@@ -50,13 +50,16 @@ def load_source(folder: ModelFolder, task: Task) -> Source:
     try:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = first_line(error)
-        raise ArtifactError(f"the tokenizer of {folder.path} cannot be loaded by transformers: {reason}") from error
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason, file = first_line(error), folder.path / "tokenizer.json"
+        hint = disguise(file) if file.is_file() else ""
+        raise ArtifactError(
+            f"the tokenizer of {folder.path} cannot be loaded by transformers{hint}: {reason}"
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise Unsupported(f"{folder.path} has no fast tokenizer ({type(tokenizer).__name__} cannot be converted)")
     head = Head(
-        labels=tuple(folder.labels),
+        labels=tuple(folder.labels_of(task.auto_class)),
         pooling=read_pooling(folder.path).mode,
         problem_type=folder.config.get("problem_type"),
     )

@@ -14,9 +14,11 @@ from urllib.parse import quote
 
 from effllm.errors import ArtifactError, SettingError, unknown_name
 from effllm.measure.http_client import Client, NotHttp, Response, Server, fits_request_line
+from effllm.tasks import TASKS
 
 APIS = ("tei", "openai", "oip")
-TEI_PATHS = {"feature-extraction": "/embed", "text-classification": "/predict"}
+EMBEDDING = "feature-extraction"
+TEI_PATHS = {EMBEDDING: "/embed", "text-classification": "/predict"}
 SHOWN_CHARACTERS = 200
 
 
@@ -50,23 +52,29 @@ class Endpoint:
 
 
 async def find_endpoint(
-    client: Client, server: Server, *, api: str, task: str = "feature-extraction", model: str = "", path: str = ""
+    client: Client, server: Server, *, api: str, task: str = "", model: str = "", path: str = ""
 ) -> Endpoint:
     """Return the endpoint of an API for a task, the missing names asked of the server; `path` overrides its path.
 
-    Raises SettingError when the API has none for the task or the server does not answer as that API does.
+    Without a task TEI and OpenAI embed; the Open Inference Protocol does what its model does. Raises SettingError for a
+    task that is unknown or that the API has no endpoint for, or when the server does not answer as that API does.
     """
     if api not in APIS:
         raise unknown_name("API", api, APIS)
+    if task and task not in TASKS:
+        raise unknown_name("task", task, TASKS)
     prefix = server.prefix
     if path and not (path.startswith("/") and fits_request_line(path) and "#" not in path):
         raise SettingError(f"--path takes a path of plain characters such as /embed, percent-encoded; got {path!r}")
     if api == "tei":
+        task = task or EMBEDDING
         if not path and task not in TEI_PATHS:
             raise SettingError(f"--api tei takes --task {' or '.join(TEI_PATHS)}, got {task!r}; or give --path")
         classifies = task == "text-classification"
         return Endpoint(server, api, prefix + (path or TEI_PATHS.get(task, "")), model, nested=classifies)
     if api == "openai":
+        if task not in {"", EMBEDDING}:
+            raise SettingError(f"--api openai embeds texts, it has nothing for --task {task}")
         # An OpenAI base URL ends in /v1; a bare address stands for the root of the server.
         base = prefix or "/v1"
         model = model or await _first_model(client, server, f"{base}/models")

@@ -220,6 +220,10 @@ class Server:
         whole = fits_request_line(url) and "?" not in url and "#" not in url
         if parts.scheme not in {"http", "https"} or not host or not whole or parts.username is not None:
             raise SettingError(f"--url takes http://host:port, perhaps with a path but no query; got {url!r}")
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            raise SettingError(f"--url {url!r}: {host!r} is no name of a host") from None
         headers = (("Authorization", f"Bearer {key}"),) if key else ()
         return cls(host, port, parts.scheme == "https", parts.path.rstrip("/"), headers)
 

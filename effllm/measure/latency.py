@@ -7,6 +7,7 @@ memory are its own; in every round each system runs each load once, in rotating 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from effllm import machine
-from effllm.errors import EffllmError
+from effllm.errors import CheckFailed, EffllmError
 from effllm.measure.statistics import median_interval, ratio_of_medians
 from effllm.progress import Track, silent
 from effllm.rows import Row
@@ -99,7 +100,7 @@ class Worker:
             kind, value = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join(5)
-            raise EffllmError(
+            raise CheckFailed(
                 f"the process that ran {self._name} ended with exit code {self._process.exitcode}"
             ) from None
         if kind == "error":
@@ -109,6 +110,7 @@ class Worker:
 
 def _work(pipe: Connection, opener: Callable[[], Runner]) -> None:
     """Serve one system: open it, then time batches until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     start = time.perf_counter()
     try:
         runner = opener()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,6 +53,9 @@ class ServerSettings:
     seed: int = field(default=0, metadata={"help": "seed of the order of texts and of open loops' times"})
 
     def __post_init__(self) -> None:
+        for name in ("seconds", "timeout", "warm_up", "within"):
+            if not math.isfinite(getattr(self, name)):
+                raise SettingError(f"--{name.replace('_', '-')} must be a finite number, got {getattr(self, name)}")
         for name in ("seconds", "timeout"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"--{name} must be positive, got {getattr(self, name)}")

@@ -40,7 +40,11 @@ def interval_of_difference(
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return (median, low, high): the distribution-free 95 % interval of a median from order statistics."""
+    """Return (median, low, high): the distribution-free 95 % interval of a median from order statistics.
+
+    Of fewer than six values it is the lowest and the highest, which hold the median less often: 94 % of the time for
+    five, 75 % for three.
+    """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = len(ordered)
     rank = int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5))

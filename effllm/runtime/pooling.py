@@ -28,8 +28,13 @@ class Pooling:
 
 
 def read_pooling(folder: Path) -> Pooling:
-    """Read a folder's pooling. Raises Unsupported for modules other than transformer, pooling and normalisation."""
+    """Read a folder's pooling.
+
+    Raises Unsupported for modules other than transformer, pooling and normalisation, and where sentence-transformers
+    would change the texts, by lower-casing them or by a prompt before each.
+    """
     modules = read_json(folder / "modules.json", [])
+    _check_texts_stay(folder)
     mode, normalize = "mean", False
     for module in modules:
         if not isinstance(module, dict) or not isinstance(module.get("path", ""), str):
@@ -43,6 +48,21 @@ def read_pooling(folder: Path) -> Pooling:
         elif kind != "Transformer":
             raise Unsupported(f"{folder}: module {kind!r} is not supported (Transformer, Pooling and Normalize are)")
     return Pooling(mode, normalize)
+
+
+def _check_texts_stay(folder: Path) -> None:
+    lowers = read_json(folder / "sentence_bert_config.json", {}).get("do_lower_case")
+    if lowers and not read_json(folder / "tokenizer_config.json", {}).get("do_lower_case"):
+        raise Unsupported(
+            f"{folder}: sentence_bert_config.json has texts lower-cased, which the tokenizer does not do; make the "
+            "tokenizer lower-case and set do_lower_case to false"
+        )
+    prompt = read_json(folder / "config_sentence_transformers.json", {}).get("default_prompt_name")
+    if prompt:
+        raise Unsupported(
+            f"{folder}: config_sentence_transformers.json puts the prompt {prompt!r} before every text, effllm embeds "
+            "texts as they are; set default_prompt_name to null and write the prompt into your texts"
+        )
 
 
 def _mode(config: Any, folder: Path) -> str:

@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from effllm import machine
-from effllm.errors import ArtifactError, SettingError
-from effllm.folder import ModelFolder, open_folder
+from effllm.errors import ArtifactError, SettingError, Unsupported
+from effllm.folder import ONNX_FILES, ModelFolder, open_folder
 from effllm.runtime.engine import Engine, open_engine
 from effllm.runtime.pooling import read_pooling
-from effllm.runtime.tokenizer import Encoding, TextTokenizer, pad_batch
+from effllm.runtime.tokenizer import INPUTS, Encoding, TextTokenizer, pad_batch
 from effllm.tasks import Example, Head, Task, task_of
 from effllm.tasks.task import Outputs
 from effllm.variant import Variant, is_variant
-
-ONNX_FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "model.onnx")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Predictor:
         self.engine = engine
         self.batch_dependent = batch_dependent
         self.head = Head(
-            labels=tuple(folder.labels),
+            labels=tuple(folder.labels_of(task.auto_class)),
             pooling=read_pooling(folder.path).mode,
             problem_type=folder.config.get("problem_type"),
         )
@@ -78,7 +76,8 @@ class Predictor:
         folder = open_folder(model, weights=False)
         variant = Variant.open(folder.path) if is_variant(folder.path) else None
         chosen = task_of(folder, task or (variant.task if variant else None))
-        onnx_file = None if engine in {"torch", "torch-bf16"} else _onnx_file(folder.path, variant, file)
+        torch = engine in {"torch", "torch-bf16"} or (chosen.causal and engine is None)
+        onnx_file = None if torch else _onnx_file(folder.path, variant, file)
         if onnx_file is None:
             if engine not in {None, "torch", "torch-bf16"}:
                 raise ArtifactError(f"{folder.path} holds no ONNX file; run `effllm export` first or use engine torch")
@@ -91,6 +90,11 @@ class Predictor:
             threads=threads or machine.usable_cores(),
             spin=spin,
         )
+        unknown = [name for name in getattr(loaded, "inputs", ()) if name not in INPUTS]
+        if unknown:
+            known = ", ".join(INPUTS)
+            hint = "; its weights run with engine torch" if folder.has_weights else ""
+            raise Unsupported(f"{onnx_file} wants the input {unknown[0]!r}, effllm gives {known}{hint}")
         return cls(
             name or folder.name,
             folder,

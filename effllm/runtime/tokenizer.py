@@ -5,8 +5,10 @@ A folder's `tokenizer.json` is read as it is; padding and truncation are done he
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +60,9 @@ class Encoding:
 class TextTokenizer:
     """A fast tokenizer with the length limit of its model."""
 
-    def __init__(self, backend: Tokenizer, max_length: int, mask_token: str | None, pad_id: int) -> None:
+    def __init__(
+        self, backend: Tokenizer, max_length: int, mask_token: str | None, pad_id: int, *, keeps_end: bool = False
+    ) -> None:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
@@ -66,6 +70,11 @@ class TextTokenizer:
         self.mask_token = mask_token
         self.mask_id = backend.token_to_id(mask_token) if mask_token else None
         self.pad_id = pad_id
+        self._apart = backend.encode_batch([["a", "a"]], is_pretokenized=True)[0].ids == backend.encode("a a").ids
+        """Whether words that are given apart become the tokens that they are in a text. Byte-level tokens hold the
+        space before a word, which a tokenizer without `add_prefix_space` would take every such word to lack."""
+        self.keeps_end = keeps_end
+        """Whether a text that is too long loses its beginning, as `truncation_side` "left" says."""
         self.max_windows = 0
         """The windows that a passage may make, 0 = any; they are counted before they are made."""
 
@@ -90,7 +99,10 @@ class TextTokenizer:
             mask = mask or (value.get("content") if isinstance(value, dict) else value)
         if mask is None:
             mask = next((token for token in ("[MASK]", "<mask>") if backend.token_to_id(token) is not None), None)
-        return cls(backend, folder.max_length, mask, int(folder.config.get("pad_token_id") or 0))
+        side = read_json(folder.path / "tokenizer_config.json", {}).get("truncation_side")
+        side = side or str((backend.truncation or {}).get("direction", "right"))
+        pad_id = int(folder.config.get("pad_token_id") or 0)
+        return cls(backend, folder.max_length, mask, pad_id, keeps_end=side.lower() == "left")
 
     @property
     def vocabulary_size(self) -> int:
@@ -122,8 +134,26 @@ class TextTokenizer:
         return [(token, piece, bool(special), start, end) for token, piece, special, (start, end) in marks]
 
     def encode_words(self, words: Sequence[str]) -> Encoding:
-        """Encode a text that is already split into words; `word_ids` refer to them."""
-        return self._encode_truncated(list(words), None, is_pretokenized=True)
+        """Encode a text that is already split into words; `word_ids` and `offsets` refer to them."""
+        if self._apart:
+            return self._encode_truncated(list(words), None, is_pretokenized=True)
+        numbered = [(number, word) for number, word in enumerate(words) if word]
+        ends = [end - 1 for end in itertools.accumulate(len(word) + 1 for _, word in numbered)]
+        whole = self._encode_truncated(" ".join(word for _, word in numbered), None)
+        word_ids: list[int | None] = []
+        offsets = []
+        for sequence, (start, stop) in zip(whole.sequence_ids, whole.offsets, strict=True):
+            if sequence is None:
+                word_ids.append(None)
+                offsets.append((start, stop))
+                continue
+            # A space belongs to the word after it.
+            place = min(bisect.bisect_right(ends, max(start, stop - 1)), len(ends) - 1)
+            number, word = numbered[place]
+            first = ends[place] - len(word)
+            word_ids.append(number)
+            offsets.append((max(0, start - first), max(0, stop - first)))
+        return dataclasses.replace(whole, word_ids=word_ids, offsets=offsets)
 
     def encode_windows(self, question: str, passage: str, length: int, stride: int) -> list[Encoding]:
         """Encode a question with each window of `length` tokens of a passage; windows overlap by `stride` tokens.
@@ -168,7 +198,9 @@ class TextTokenizer:
         counts = places.count(0), places.count(1)
         kept = longest_first(*counts, max(0, self.max_length - (len(places) - sum(counts))))
         first = [places.index(which) if count else 0 for which, count in enumerate(counts)]
-        chosen = [index for index, p in enumerate(places) if p is None or index - first[p] < kept[p]]
+        if self.keeps_end:
+            first = [begin + count - keep for begin, count, keep in zip(first, counts, kept, strict=True)]
+        chosen = [index for index, p in enumerate(places) if p is None or 0 <= index - first[p] < kept[p]]
         return self._encoding(raw, sum(counts) - sum(kept), chosen)
 
     def _raw(self, text: Any, pair: str | None, *, is_pretokenized: bool = False) -> Any:

@@ -21,6 +21,7 @@ try:
     from effllm.serving.gate import CALL, Gate, send_reply
     from effllm.serving.metrics import Metrics
     from effllm.serving.operations import operations
+    from effllm.serving.unread import Unread
 
     if TYPE_CHECKING:
         from fastapi.telemetry import TelemetryConfig
@@ -45,7 +46,8 @@ def create_app(models: Models, settings: ServeSettings) -> FastAPI:
 
 def admission_to(models: Models, settings: ServeSettings) -> Admission:
     """Return who is let in to `models`. Raises SettingError when the key file cannot be read or is empty."""
-    return Admission(Shared(models, settings, Metrics(models), settings.read_key()), operations())
+    shared = Shared(models, settings, Metrics(models), Unread(settings.max_unread), settings.read_key())
+    return Admission(shared, operations())
 
 
 def app_of(admission: Admission) -> FastAPI:
@@ -81,7 +83,8 @@ class _Endpoint:
         call.template = self._operation.path
         call.parameters = scope["path_params"]
         reply = await self._operation(self._shared, call, receive)
-        await send_reply(reply, send)
+        with self._shared.unread.holding(len(reply.content)):
+            await send_reply(reply, send)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

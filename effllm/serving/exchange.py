@@ -21,6 +21,7 @@ from effllm.serving.forms import Api, ClientGone, HttpError
 from effllm.serving.metrics import Metrics
 from effllm.serving.served import Answers, Models, ServedModel
 from effllm.serving.settings import ServeSettings
+from effllm.serving.unread import Unread
 from effllm.tasks import Example
 
 Message = MutableMapping[str, Any]
@@ -75,6 +76,7 @@ class Shared:
     models: Models
     settings: ServeSettings
     metrics: Metrics
+    unread: Unread
     key: bytes = b""
 
 
@@ -229,6 +231,15 @@ def _is_field(part: str) -> bool:
 def json_reply(value: Any, headers: Headers | None = None, status: int = 200) -> Reply:
     """Return a value as JSON; NumPy arrays become lists."""
     return Reply(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, JSON, headers or [])
+
+
+async def json_list_reply(values: Sequence[Any], headers: Headers) -> Reply:
+    """Return large values as a JSON list; other requests have their turn after each."""
+    parts = []
+    for value in values:
+        parts.append(json_reply(value).content)
+        await asyncio.sleep(0)
+    return Reply(b"[%s]" % b",".join(parts), headers=headers)
 
 
 def check_texts(settings: ServeSettings, count: int, texts: Sequence[str], name: str = "inputs") -> None:

@@ -6,40 +6,29 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from effllm.errors import EffllmError
 from effllm.folder import open_folder
-from effllm.runtime.tokenizer import Encoding, TextTokenizer
-from effllm.serving.refusals import BadInput, DeadlinePassed, Failed, NotReady, QueueFull, Refused, TooLong, WorkerDied
+from effllm.serving.refusals import DeadlinePassed, Failed, NotReady, QueueFull, Refused, WorkerDied
 from effllm.serving.scheduler import Scheduler
 from effllm.serving.served import EMBEDDING, POOLED, TOKEN_STATES, Answers, ModelInfo, Result, TokenPiece
 from effllm.serving.settings import ServeSettings
+from effllm.serving.tokenising import Tokenising
 from effllm.serving.worker import Hello, Piece, PieceFailed, Ran, Worker, WorkerSettings, answer
 from effllm.tasks import TASKS, Example
 
 T = TypeVar("T")
-Work = Callable[[TextTokenizer, Callable[[], bool]], list[T]]
 logger = logging.getLogger(__name__)
 
 AHEAD = 1
 """Batches that a worker has besides those that it runs, so that it need not wait for the next."""
-INLINE_CHARACTERS = 4000
-"""Requests with fewer characters are tokenised at once; a thread for the others lets the server go on meanwhile."""
 BACK_OFF_S = (0.0, 0.1, 0.5, 2.0, 10.0)
 """How long to wait before a worker that died is started again: the first, second, … time without an answer between."""
-TOKENISING = 4
-"""The calls of `tokenise` that one model has under way; they have these places of their own, not the queue's."""
-TOKENISED_TOKENS = 100_000
-"""The most tokens that one call of `tokenise` tells: each is an object here and some 60 bytes of the answer."""
-MAX_WINDOWS = 128
-"""The most windows that one input may make; 128 of 384 tokens are a passage of some 30,000."""
+REPLACED = "the model was replaced while its worker was dead; send the request again"
 PATIENCE = 3
 """Deaths in a row after which new requests are refused until the worker is back."""
 
@@ -89,18 +78,12 @@ class Instance:
         self._head = hello.head
         self._settings = settings
         self._worker_settings = worker_settings
-        folder = open_folder(worker_settings.folder, weights=False)
-        self._tokenizer = TextTokenizer.open(folder)
-        # A tokenizer is not made for two threads, so that of the thread is another one.
-        self._thread_tokenizer = TextTokenizer.open(folder)
-        self._tokenizer.max_windows = self._thread_tokenizer.max_windows = MAX_WINDOWS
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"tokenise-{hello.info.name}")
+        self._tokenising = Tokenising(open_folder(worker_settings.folder, weights=False), hello.info)
         self._scheduler = Scheduler(settings.max_tokens, mix=not hello.info.batch_dependent)
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
         self._waiting_inputs = 0
         self._waiting_tokens = 0
-        self._tokenising = 0
         self._running: dict[int, list[tuple[int, int]]] = {}
         self._busy_from = 0.0
         self._suspects: deque[tuple[int, int]] = deque()
@@ -125,6 +108,11 @@ class Instance:
     def queued(self) -> int:
         """The inputs that were accepted and are not done; of those tokenised each window counts."""
         return self._waiting_inputs
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return bool(self._waiting_inputs or self._tokenising.telling)
 
     def full(self, count: int = 1) -> QueueFull | None:
         """Return the refusal of so many more inputs, None where they have room."""
@@ -152,30 +140,8 @@ class Instance:
             self._waiting_inputs -= len(examples)
 
     async def tokenise(self, texts: Sequence[str]) -> list[list[TokenPiece]]:
-        """Return the tokens of each text, not truncated.
-
-        Raises TooLong beyond 100,000 tokens, QueueFull where 4 other calls are under way, and DeadlinePassed.
-        """
-
-        def tokens(tokenizer: TextTokenizer, given_up: Callable[[], bool]) -> list[list[TokenPiece]]:
-            found, room = list[list[TokenPiece]](), TOKENISED_TOKENS
-            for index, text in itertools.takewhile(lambda _: not given_up(), enumerate(texts)):
-                try:
-                    pieces = tokenizer.pieces(text, room)
-                except OverflowError:
-                    message = f"the texts up to input {index} have more than {TOKENISED_TOKENS} tokens"
-                    raise TooLong(message, index) from None
-                room -= len(pieces)
-                found.append([TokenPiece(*piece) for piece in pieces])
-            return found
-
-        if self._tokenising >= TOKENISING:
-            raise QueueFull(f"{self._tokenising} requests tokenise with {self.info.name} already", 1.0)
-        self._tokenising += 1
-        try:
-            return await _within(self._settings.timeout, self._tokenised(tokens, sum(map(len, texts))))
-        finally:
-            self._tokenising -= 1
+        """Return the tokens of each text; see `Tokenising.tell`. Raises DeadlinePassed."""
+        return await _within(self._settings.timeout, self._tokenising.tell(texts))
 
     async def close(self) -> None:
         """End the worker. Requests that are under way are refused."""
@@ -184,7 +150,7 @@ class Instance:
         if worker:
             worker.stop()
             await asyncio.to_thread(worker.kill)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._tokenising.close()
         for number in list(self._requests):
             self._fail(number, NotReady("the server is shutting down"))
 
@@ -199,9 +165,10 @@ class Instance:
 
     async def _answer(self, examples: Sequence[Example], task: str, *, truncate: bool) -> Answers:
         began = time.monotonic()
-        groups = await self._encode(examples, task)
-        if not truncate:
-            self._refuse_long(groups)
+        tokenising = self._tokenising
+        groups = await tokenising.encode(examples, task, truncate=truncate)
+        if tokenising is not self._tokenising:
+            raise WorkerDied(REPLACED)
         pieces = [
             Piece(dataclasses.replace(encoding, tokenizer=None), task, example if len(group) == 1 else None)  # type: ignore[arg-type]
             for example, group in zip(examples, groups, strict=True)
@@ -227,46 +194,6 @@ class Instance:
             value = own[0] if len(group) == 1 else answer(task, example, group, own, self._head)
             results.append(Result(value, sum(map(len, group)), sum(e.truncated_tokens for e in group)))
         return Answers(results, request.queued_s, tokenised - began, request.infer_s)
-
-    async def _encode(self, examples: Sequence[Example], kind: str) -> list[list[Encoding]]:
-        """Tokenise. Raises BadInput naming the example that cannot be, TooLong that with too many windows."""
-        task = TASKS.get(kind, TASKS["feature-extraction"])
-
-        def encode(tokenizer: TextTokenizer, given_up: Callable[[], bool]) -> list[list[Encoding]]:
-            groups: list[list[Encoding]] = []
-            for index, example in itertools.takewhile(lambda _: not given_up(), enumerate(examples)):
-                try:
-                    groups.append(task.encode(tokenizer, example))
-                except OverflowError as error:
-                    raise TooLong(f"input {index} {error}", index) from None
-                except (UnicodeError, TypeError, ValueError, EffllmError) as error:
-                    raise BadInput(f"input {index} cannot be tokenised: {error}", index) from None
-            return groups
-
-        characters = sum(
-            sum(map(len, e.text)) if isinstance(e.text, tuple) else len(e.text) + len(e.text_pair or "")
-            for e in examples
-        )
-        return await self._tokenised(encode, characters)
-
-    async def _tokenised(self, work: Work[T], characters: int) -> list[T]:
-        """Run `work` here, or where there is much of it in the thread; it is told when nobody waits any more."""
-        if characters < INLINE_CHARACTERS:
-            return work(self._tokenizer, lambda: False)
-        over = threading.Event()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._thread, work, self._thread_tokenizer, over.is_set
-            )
-        finally:
-            over.set()
-
-    def _refuse_long(self, groups: Sequence[Sequence[Encoding]]) -> None:
-        for index, group in enumerate(groups):
-            lost = sum(e.truncated_tokens for e in group)
-            if lost:
-                limit = self.info.max_length
-                raise TooLong(f"input {index} has {limit + lost} tokens, {self.info.name} takes {limit}", index)
 
     async def _run(self, pieces: list[Piece]) -> _Request:
         """Queue pieces and wait until all are done. When the call is cancelled those that wait leave the queue."""
@@ -362,13 +289,33 @@ class Instance:
         while not self._closed:
             await asyncio.sleep(BACK_OFF_S[min(self._deaths, len(BACK_OFF_S)) - 1])
             try:
-                worker, _ = await asyncio.to_thread(_start, self._worker_settings)
+                worker, hello = await asyncio.to_thread(_start, self._worker_settings)
             except Exception:  # besides a folder that does not load: no process, descriptor or memory to be had now
                 self._deaths += 1
                 logger.exception("the worker of %s cannot be started", self.info.name)
                 continue
+            if hello.info.manifest != self.info.manifest:
+                try:
+                    self._take(hello)
+                except Exception:
+                    worker.close()
+                    self._deaths += 1
+                    logger.exception("the folder of %s was replaced and cannot be read", self.info.name)
+                    continue
             self._use(worker)
             return
+
+    def _take(self, hello: Hello) -> None:
+        """Answer with what stands in the folder now: the model before it is gone with its worker."""
+        before = self._tokenising
+        self._tokenising = Tokenising(open_folder(self._worker_settings.folder, weights=False), hello.info)
+        logger.warning("the folder of %s was replaced; its new model serves from now on", self.info.name)
+        self.info, self._head = hello.info, hello.head
+        before.close()
+        for number in list(self._requests):
+            self._fail(number, WorkerDied(REPLACED))
+        self._suspects.clear()
+        self._scheduler = Scheduler(self._settings.max_tokens, mix=not hello.info.batch_dependent)
 
     def _fail(self, number: int, refusal: Refused) -> None:
         request = self._requests.pop(number, None)

@@ -188,6 +188,6 @@ class Service:
     async def _retire(self, instance: Instance, seconds: float) -> None:
         """Close an instance once its requests are answered, so many seconds or the server's drain time are over."""
         end = time.monotonic() + seconds
-        while instance.queued and time.monotonic() < min(end, self._end_s):
+        while instance.busy and time.monotonic() < min(end, self._end_s):
             await asyncio.sleep(POLL_S)
         await instance.close()

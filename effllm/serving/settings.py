@@ -28,6 +28,10 @@ class ServeSettings:
     max_inputs: int = field(default=128, metadata={"help": "inputs in one request"})
     max_body: int = field(default=2_000_000, metadata={"help": "bytes in the body of one request"})
     max_connections: int = field(default=1000, metadata={"help": "open connections; beyond it new ones get 503"})
+    max_unread: int = field(
+        default=500_000_000,
+        metadata={"help": "bytes of answers that clients have not read yet; beyond it large ones get 429"},
+    )
     read_timeout: float = field(default=10.0, metadata={"help": "seconds to send a request's head, and its body"})
     timeout: float = field(default=30.0, metadata={"help": "seconds that a request may take; beyond it 504"})
     drain: float = field(default=30.0, metadata={"help": "seconds to finish accepted requests after SIGTERM"})
@@ -35,7 +39,7 @@ class ServeSettings:
     api_key_file: str = field(default="", metadata={"help": "file with the key that requests must carry; empty = none"})
 
     def __post_init__(self) -> None:
-        counts = ("max_tokens", "max_queue", "max_inputs", "max_body", "max_connections")
+        counts = ("max_tokens", "max_queue", "max_inputs", "max_body", "max_connections", "max_unread")
         for name, least in {"port": 0, "threads": 0, **dict.fromkeys(counts, 1)}.items():
             if getattr(self, name) < least:
                 raise SettingError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")

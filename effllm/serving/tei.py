@@ -17,7 +17,18 @@ from effllm.serving.answers import (
     span_answer,
     words_of,
 )
-from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, checked, json_reply, timings
+from effllm.serving.exchange import (
+    RELEASE,
+    Call,
+    Reply,
+    Shared,
+    ask,
+    check_texts,
+    checked,
+    json_list_reply,
+    json_reply,
+    timings,
+)
 from effllm.serving.forms import HttpError
 from effllm.serving.refusals import BadInput, TooLong, WrongTask
 from effllm.serving.served import EMBEDDING, POOLED, TOKEN_STATES, ModelInfo, ServedModel, TokenPiece
@@ -35,8 +46,6 @@ from effllm.tasks import Example
 from effllm.tasks.feature_extraction import unit as to_unit
 
 PREDICTING = ("text-classification", "token-classification", "fill-mask", "question-answering")
-EMBED_ALL_INPUTS = 32
-"""The most texts of one /embed_all: each token of each text is a vector, hundreds of megabytes of JSON beyond it."""
 FILLED_CHARACTERS = 8_000_000
 """The most characters that the texts of a request have, each counted once for each of its masks: every word that could
 stand there is answered in a copy of the whole text."""
@@ -92,15 +101,12 @@ async def embed_all(shared: Shared, call: Call, body: EmbedAllRequest) -> Reply:
     """Return one vector per token of each text."""
     texts = _texts(body.inputs)
     check_texts(shared.settings, len(texts), texts)
-    if len(texts) > EMBED_ALL_INPUTS:
-        message = f"{len(texts)} texts are more than the {EMBED_ALL_INPUTS} of one /embed_all"
-        raise HttpError(413, "too_many_inputs", message, param="inputs")
     model = _find(shared, call, body.model, *EMBEDDING)
     answers = await ask(
         shared, call, model, [Example(text) for text in texts], task=TOKEN_STATES, truncate=body.truncate
     )
     states = [np.ascontiguousarray(result.value) for result in answers.results]
-    return json_reply(states, timings(call, answers))
+    return await json_list_reply(states, timings(call, answers))
 
 
 async def predict(shared: Shared, call: Call, body: PredictRequest) -> Reply:

@@ -53,13 +53,17 @@ class FillMask(Task):
             ids[place] = tokenizer.mask_id
         return [encoding.masked(ids, {place: encoding.ids[place] for place in chosen})]
 
+    def condense(self, encoding: Encoding, outputs: Outputs) -> Outputs:
+        """Return the logits at the masks alone, (masks, V): all of them would take gigabytes for a hundred texts."""
+        return {"logits": outputs["logits"][encoding.mask_places]}
+
     def decode(self, example: Example, encodings: Sequence[Encoding], outputs: Sequence[Outputs], head: Head) -> Any:
         """Return for each mask the five best `{"token", "id", "score"}`, and the best and true ids for scoring."""
-        encoding, logits = encodings[0], outputs[0]["logits"]
+        encoding = encodings[0]
         places = []
-        for place in encoding.mask_places:
-            best = logits[place].argsort()[::-1][:5]
-            scores = softmax(logits[place])
+        for place, logits in zip(encoding.mask_places, outputs[0]["logits"], strict=True):
+            best = logits.argsort()[::-1][:5]
+            scores = softmax(logits)
             tokens = [int(token) for token in best]
             places.append(
                 {

@@ -74,6 +74,8 @@ class Task(ABC):
     """The most padded tokens in one batch of an evaluation; bounds the memory of the outputs."""
     columns: ClassVar[Mapping[str, str]]
     """Column name -> what it holds; those of the reference answer are optional when none is needed."""
+    reference: ClassVar[str] = ""
+    """The column of the reference answer. Empty where there is none, or the text is its own."""
     metric: ClassVar[str] = ""
     """The name of the quality metric. Empty when the task has none."""
     lower_is_better: ClassVar[bool] = False

@@ -70,6 +70,7 @@ class TextClassification(Task):
     outputs = ("logits",)
     per_token = False
     columns = {"text": "the text", "text_pair": "the second text of a pair (optional)", "label": "the label"}
+    reference = "label"
     metric = "accuracy"
 
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:

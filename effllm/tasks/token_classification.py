@@ -50,6 +50,7 @@ class TokenClassification(Task):
     architectures = ("ForTokenClassification",)
     outputs = ("logits",)
     columns = {"tokens": "the words, a list (or a text)", "tags": "one tag per word"}
+    reference = "tags"
     metric = "f1"
 
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:

@@ -37,7 +37,7 @@ from effllm.train.settings import FinetuneSettings
 from effllm.train.sharding import gathered
 from effllm.train.supervised import Item, Passes, SupervisedModel, SupervisedSource, freeze_unreached, make_items
 from effllm.train.teacher import check_shapes, check_teacher
-from effllm.variant import check_target, weights_digest
+from effllm.variant import check_target, check_whole, weights_digest
 
 LONGEST = 512
 """The most tokens of a training input where `max_length` does not say."""
@@ -108,8 +108,7 @@ def finetune(
     if not teacher:
         settings.check_untaught()
     goal = _supervision(model, task, train, dev, columns or {})
-    work = target.absolute().parent / f".{target.name}.run"
-    return _runs(goal, target, work, settings, seeds, teacher, resume=resume, force=force)
+    return _runs(goal, target, work_folder(target), settings, seeds, teacher, resume=resume, force=force)
 
 
 def _runs(
@@ -149,9 +148,14 @@ def _runs(
             "train": {"examples": len(goal.train), "sha256": digest(goal.train)},
             "dev": {"data": goal.dev_name, "examples": len(goal.dev), "sha256": digest(goal.dev)},
         }
-        publish(target, list(runs.values()), content, force=force)
+        publish(target, list(runs.values()), content, settings.max_length, force=force)
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
+
+
+def work_folder(target: Path) -> Path:
+    """Return where the runs of a fine-tuning keep their checkpoints until `target` is written."""
+    return target.absolute().parent / f".{target.name}.run"
 
 
 def _supervision(
@@ -163,6 +167,7 @@ def _supervision(
     chosen = TASKS[task]
     check_task(chosen)
     folder = open_folder(model)
+    check_whole(folder.path)
     found = read_labels(Path(train), chosen, columns)
     head = Head(labels=found.labels, pooling=read_pooling(folder.path).mode, score_range=found.score_range)
     examples = read_examples(Path(train), chosen, head, gold=True, columns=columns)
@@ -239,8 +244,9 @@ def _with_steps(settings: FinetuneSettings, items: int) -> FinetuneSettings:
 
 def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer:
     tokenizer = TextTokenizer.open(folder)
-    limit = min(folder.max_length, settings.max_length or LONGEST)
-    tokenizer.max_length = limit
+    if settings.max_length > folder.max_length:
+        raise SettingError(f"{folder.name} takes {folder.max_length} tokens, --max-length is {settings.max_length}")
+    tokenizer.max_length = settings.max_length or min(folder.max_length, LONGEST)
     return tokenizer
 
 
@@ -254,6 +260,7 @@ def _teacher(
     config.
     """
     folder = open_folder(teacher)
+    check_whole(folder.path)
     check_teacher(folder, goal.folder, goal.task, goal.head)
     register()
     taught = load_trained(folder, goal.task.auto_class, attention=CAPTURING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -12,7 +13,7 @@ from effllm.data.vocabulary import Vocabulary
 from effllm.errors import ArtifactError, SettingError, Unsupported, first_line, unknown_name
 from effllm.folder import ModelFolder, find, open_folder
 from effllm.hf import quiet, takes_attention
-from effllm.train.attention import NAME, register
+from effllm.train.attention import NAME, register, sequence_index
 from effllm.train.objectives import check_objective, position_offset
 
 SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
@@ -48,6 +49,11 @@ def build_model(name: str, vocabulary: Vocabulary, max_length: int, objective: s
     if name not in PRESETS and folder.has_weights:
         _check_tokenizer(folder.path, vocabulary)
     _check_fit(name, model, vocabulary, max_length)
+    if not _keeps_apart(model, vocabulary):
+        raise Unsupported(
+            f"{name} is a {model.config.model_type} model, which mixes packed sequences outside of its attention; "
+            "BERT, RoBERTa and ModernBERT, among others, do not"
+        )
     return model
 
 
@@ -127,3 +133,33 @@ def _check_fit(name: str, model: Any, vocabulary: Vocabulary, max_length: int) -
     places = getattr(model.config, "max_position_embeddings", None)
     if isinstance(places, int) and places - position_offset(model) < max_length:
         raise SettingError(f"model {name} takes {places - position_offset(model)} tokens, --max-length is {max_length}")
+
+
+def _keeps_apart(model: Any, vocabulary: Vocabulary) -> bool:
+    """Return whether two packed sequences come out as each does alone.
+
+    Some models mix along the row outside of attention: MobileBERT's embeddings see their neighbours, ESM's are scaled
+    by the share of masks in the row.
+    """
+    lengths = np.array([5, 3])
+    ids = torch.arange(int(lengths.sum())) % vocabulary.size
+    ids[1] = vocabulary.mask_id
+
+    def states(ids: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+        places = torch.cat([torch.arange(length) for length in lengths]) + position_offset(model)
+        index = torch.from_numpy(sequence_index(lengths))
+        output = model.base_model(input_ids=ids[None], position_ids=places[None], sequence_index=index)
+        found: torch.Tensor = output.last_hidden_state[0]
+        return found
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            together = states(ids, lengths)
+            alone = torch.cat([states(ids[:5], lengths[:1]), states(ids[5:], lengths[1:])])
+    except TypeError:  # it does not take the places of packed sequences at all
+        return False
+    finally:
+        model.train(training)
+    return torch.allclose(together, alone, rtol=1e-3, atol=1e-3)

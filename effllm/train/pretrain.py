@@ -28,7 +28,7 @@ from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
 from effllm.train.settings import PretrainSettings
-from effllm.variant import weights_digest
+from effllm.variant import check_whole, weights_digest
 
 
 @dataclass
@@ -107,6 +107,8 @@ def pretrain(
         if beginning and beginning.exists() and beginning.resolve().is_relative_to(target.resolve()):
             raise SettingError(f"the run starts from {beginning}, which lies in --out {target}; choose another --out")
     accelerator = make_accelerator(settings)
+    if accelerator.is_main_process:
+        check_whole(folder)
     identity = {"verb": "pretrain", "data": store.fingerprint, **settings.deciding()}
     start = None
     if trunk:

@@ -124,7 +124,8 @@ class FinetuneSettings(LoopSettings):
         },
     )
     max_length: int = field(
-        default=0, metadata={"help": "most tokens of an input; 0 = what the model takes, up to 512"}
+        default=0,
+        metadata={"help": "most tokens of an input, in the written folder too; 0 = what the model takes, up to 512"},
     )
     dropout: float = field(default=-1.0, metadata={"help": "dropout of the whole model; -1 = as in its config"})
     eval_every: int = field(default=0, metadata={"help": "steps between evaluations on --dev; 0 = once an epoch"})

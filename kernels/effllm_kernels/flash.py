@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_attention import attention, attention_qkvpacked, bounds, check_rotary, check_shape, positive, seed_tensor
+from .fused_attention import (
+    attention,
+    attention_qkvpacked,
+    bounds,
+    check_dtype,
+    check_rotary,
+    check_shape,
+    positive,
+    seed_tensor,
+)
 from .operators import NAMESPACE
 from .terms import Terms, flat
 
@@ -85,6 +94,7 @@ def flash_attn_varlen_func(
         raise ValueError(f"q, k, v must be (T, H, D) of one dtype, got {q.shape}, {k.shape}, {v.shape}")
     if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1] or q.shape[2] > 256:
         raise ValueError(f"k {tuple(k.shape)} does not fit q {tuple(q.shape)}: width equal and at most 256")
+    check_dtype(q)
     check_rotary(rotary_cos, rotary_sin, cu_seqlens_k.shape[0] - 1, max_seqlen_k, q.shape[2])
     terms = _packed_terms(
         q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
@@ -143,6 +153,7 @@ def flash_attn_varlen_qkvpacked_func(
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.shape[3] > 256:
         raise ValueError(f"qkv must be (T, 3, H, D) with D at most 256, got {tuple(qkv.shape)}")
+    check_dtype(qkv)
     check_rotary(rotary_cos, rotary_sin, cu_seqlens.shape[0] - 1, max_seqlen, qkv.shape[3])
     terms = _packed_terms(
         qkv, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,

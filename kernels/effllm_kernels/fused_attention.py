@@ -271,8 +271,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     # Before every launch: messages are made only where they are raised.
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError("q, k and v must be (batch, sequence, heads, width)")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    check_dtype(q)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     (batch, _, heads, width), shape = q.shape, k.shape
@@ -282,6 +281,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k {tuple(shape)} does not fit q {tuple(q.shape)}: batch and width equal, heads a divisor")
     if width > 256:
         raise ValueError(f"width must be at most 256, got {width}")
+
+
+def check_dtype(q: Tensor) -> None:
+    """Raise ValueError for a dtype that neither the kernels nor the reference take, where the tensor is."""
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
     if q.dtype == torch.float64 and q.is_cuda:
         raise ValueError("float64 runs on the CPU only; use float32")
 

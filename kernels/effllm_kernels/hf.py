@@ -210,7 +210,8 @@ def _attention(
         )  # fmt: skip
         return out, None
     if mask.key_mask is not None or bias is not None:
-        raise ValueError("packed sequences take no attention_mask and no position bias: leave attention_mask out")
+        made = " (torch.compile turns windows and packed positions into one)" if torch.compiler.is_compiling() else ""
+        raise ValueError(f"packed sequences take no attention_mask{made} and no position bias: leave them out")
     sides = (-1 if mask.left is None else mask.left, -1 if mask.right is None else mask.right)
     rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     starts_q, starts_k, longest_q, longest_k = cast("tuple[Tensor, Tensor, int, int]", starts)
@@ -241,7 +242,7 @@ def _mask_and_bias(
         return Mask(left=side, right=0 if causal else side), position_bias
     if given.dim() != 4:
         raise ValueError(f"a mask given by hand must be (B, 1 or H, S_q, S_k), got {tuple(given.shape)}")
-    bias = given
-    if given.dtype == torch.bool:
-        bias = torch.zeros_like(given, dtype=q.dtype).masked_fill(~given, float("-inf"))
+    hidden = ~given if given.dtype == torch.bool else given <= torch.finfo(given.dtype).min / 2
+    bias = torch.zeros_like(given, dtype=q.dtype) if given.dtype == torch.bool else given
+    bias = bias.masked_fill(hidden, float("-inf"))
     return Mask(), bias if position_bias is None else position_bias + bias

@@ -207,12 +207,20 @@ def _logits(product: Tensor, q: Tensor, k: Tensor, terms: Terms) -> tuple[Tensor
     return z, slope
 
 
+def _weights(z: Tensor, lse: Tensor) -> Tensor:
+    """Return the softmax of logits, zero in rows that see no key.
+
+    Not exp(z - lse): where a mask adds a large negative number to a whole row, the lse rounds its small terms away.
+    """
+    return torch.where((lse == float("-inf"))[..., None], 0, z.softmax(-1))
+
+
 def _dense(q: Tensor, k: Tensor, v: Tensor, terms: Terms, first: int) -> tuple[Tensor, Tensor]:
     rows, keys, values = _clean_all(q, k, v, terms)
     z, _ = _logits(rows @ keys.mT * terms.scale, q, k, terms)
     z = torch.where(visible(q, k, terms), z, float("-inf"))
     lse = z.logsumexp(-1)
-    p = torch.exp(z - torch.where(lse == float("-inf"), 0, lse)[..., None])
+    p = _weights(z, lse)
     if terms.seed is not None:
         kept = dropout_mask(terms.seed, terms.threshold, first, p.shape)
         p = torch.where(kept, p / (1 - terms.threshold / 65536), 0)
@@ -234,7 +242,7 @@ def _dense_backward(
     counts = _counting(q, terms.query_lengths, terms.query_mask)
     z, slope = _logits(rows @ keys.mT * terms.scale, q, k, terms)
     seen = visible(q, k, terms)
-    p = torch.where(seen, torch.exp(z - torch.where(lse == float("-inf"), 0, lse)[..., None]), 0)
+    p = _weights(torch.where(seen, z, float("-inf")), lse)
     do, o = _clean(dout, counts, q.shape[2]), _clean(out, counts, q.shape[2])
     delta = (do * o).sum(-1) if dlse is None else (do * o).sum(-1) - dlse
     dp, dropped = do @ values.mT, p

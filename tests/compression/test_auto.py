@@ -239,6 +239,8 @@ def test_a_killed_search_goes_on_without_making_a_trial_again(tmp_path: Path) ->
     Auto().search(again, 0.01, distil=False)
     assert [t.specs for t in again.all] == [t.specs for t in whole.all]
     assert made == [t.specs for t in whole.all[2:]]
+    third = search(tmp_path, make)
+    assert [t.specs for t in third.all] == [t.specs for t in whole.all]  # the line that was cut off swallowed none
     assert not search(tmp_path, make, identity="another model").seen
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -19,7 +18,7 @@ from effllm.compression.slicing import blocks
 from effllm.compression.structured import Costs, Structured, search
 from effllm.errors import SettingError
 
-TABLE = LatencyTable({1: 10.0, 2: 14.0, 4: 20.0}, {8: 11.0, 32: 12.0, 64: 20.0}, 2, "a table made up")
+TABLE = LatencyTable({1: 10.0, 2: 14.0, 4: 20.0}, {8: 11.0, 32: 12.0, 64: 20.0}, (4, 4), (64, 64), "a table made up")
 
 
 def linear_weights(model) -> int:
@@ -65,11 +64,23 @@ def test_a_table_is_read_between_its_points_and_never_falls() -> None:
     # One layer with 3 heads saves half of the 3 ms that both would; one with 8 neurons half of 9 ms.
     assert TABLE.predict_ms([3, 4], [64, 64]) == pytest.approx(20 - 3 / 2)
     assert TABLE.predict_ms([4, 4], [8, 64]) == pytest.approx(20 - 9 / 2)
-    noisy = LatencyTable({1: 12.0, 2: 21.0, 4: 20.0}, {64: 20.0}, 2, "")
-    saved = noisy.saved_ms(noisy.heads_ms, range(1, 5))
-    assert (np.diff(saved) <= 0).all()
-    assert saved[-1] == 0
+    noisy = LatencyTable({1: 12.0, 2: 21.0, 4: 20.0}, {64: 20.0}, (4, 4), (64, 64), "")
+    costs = noisy.costs()[0][0]
+    assert (costs.diff() >= 0).all()
+    assert costs[-1] == 0
     assert (noisy.dense_ms, noisy.predict_ms([4, 4], [64, 64])) == (20, 20)
+
+
+def test_a_layer_that_is_narrow_already_saves_only_what_it_gives_up() -> None:
+    # Layers of 12 and 6 heads. From 12 to 6 heads only the first gets narrower, from 6 to 1 both do.
+    table = LatencyTable({1: 9.0, 6: 14.0, 12: 20.0}, {64: 20.0}, (12, 6), (64, 64), "")
+    assert table.predict_ms([12, 6], [64, 64]) == 20
+    assert table.predict_ms([6, 6], [64, 64]) == pytest.approx(14)
+    assert table.predict_ms([1, 1], [64, 64]) == pytest.approx(9)
+    assert table.predict_ms([12, 1], [64, 64]) == pytest.approx(20 - 2.5)
+    wide, narrow = table.costs()[0]
+    assert (len(wide), len(narrow)) == (13, 7)
+    assert (float(wide[12]), float(wide[6]), float(narrow[6]), float(narrow[1])) == pytest.approx((0, -6, 0, -2.5))
 
 
 def test_widths_that_are_measured() -> None:
@@ -93,7 +104,7 @@ def test_latency_is_searched_against_the_measured_table(tmp_path: Path, monkeypa
     changed = Structured(latency=0.6, batch=2, length=8).apply(job)
     latency = changed.details["latency"]
     assert latency["neurons_ms"] == {"8": 11.0, "64": 20.0}
-    table = LatencyTable({1: 10.0, 4: 20.0}, {8: 11.0, 64: 20.0}, 2, "")
+    table = LatencyTable({1: 10.0, 4: 20.0}, {8: 11.0, 64: 20.0}, (4, 4), (64, 64), "")
     counts = [[b.count for b in blocks(job.model, kind)] for kind in ("heads", "neurons")]
     assert latency["predicted_ms"] == pytest.approx(table.predict_ms(*counts))
     # What is left of the budget is less than one head; exchanging units leaves the widths as they are.

@@ -136,6 +136,14 @@ def test_a_malformed_csv_line_is_named(tmp_path: Path, row: str) -> None:
     assert "a.csv:5 " in refused(file(tmp_path, "a.csv", f"text,label\na,1\n\n\n{row}\nb,2\nc,3\n"))
 
 
+def test_a_quotation_mark_that_swallows_lines_of_a_tsv_is_named(tmp_path: Path) -> None:
+    content = 'text\tlabel\nfirst\t1\n"it begins\t1\nit goes on\t0\nand "ends" here\t1\n'
+    message = refused(file(tmp_path, "a.tsv", content.replace('"ends" here', 'ends"')))
+    assert "a.tsv:3 holds tabs and several lines in one field" in message
+    quoted = 'text\tlabel\n"two\nlines"\t1\n"a\ttab"\t0\n'
+    assert [record["text"] for _, record in read_records(file(tmp_path, "b.tsv", quoted))] == ["two\nlines", "a\ttab"]
+
+
 def test_a_csv_may_start_with_blank_lines(tmp_path: Path) -> None:
     path = file(tmp_path, "a.csv", "\n\ntext,label\na,1\n")
     assert list(read_records(path)) == [(4, {"text": "a", "label": "1"})]

@@ -132,6 +132,23 @@ def test_takes_a_mask_made_by_hand(dtype: torch.dtype, device: str) -> None:
     NEAR(got, build("bert", "eager", device)(input_ids=ids, attention_mask=eager).last_hidden_state)
 
 
+@pytest.mark.parametrize("least", [torch.finfo(torch.float32).min, -1e9])
+def test_a_row_that_a_mask_made_by_hand_hides_whole_is_zeros_or_the_mean(least: float, device: str) -> None:
+    q, k, v = (torch.randn(1, 2, LENGTH, 16, device=device, requires_grad=True) for _ in range(3))
+    allowed = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=device).tril()
+    allowed[..., 3, :] = False
+    mask = torch.where(allowed, 0.0, least)
+    got = hf._attention(torch.nn.Module(), q, k, v, mask)[0]
+    eager = ((q @ k.mT / 4 + mask).softmax(-1) @ v).transpose(1, 2)
+    if least < -1e30:  # beyond what a float can be added to, it says that the key is not there
+        eager = torch.cat([eager[:, :3], torch.zeros_like(eager[:, :1]), eager[:, 4:]], dim=1)
+    NEAR(got, eager)
+    weights = torch.randn_like(got)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), (q, k, v), retain_graph=True) for out in (got, eager))
+    for mine, other in zip(ours, theirs, strict=True):
+        NEAR(mine, other)
+
+
 @pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "mistral"])
 def test_packed_sequences_equal_themselves_alone(name: str, device: str) -> None:
     model, lengths = build(name, "effllm", device), [5, 1, 8]
@@ -241,7 +258,7 @@ def test_says_what_it_does_not_cover(device: str) -> None:
         model(input_ids=ids, output_attentions=True)
     with pytest.raises(ValueError, match="go together"):
         model(input_ids=ids, cu_seq_lens_q=starts)
-    with pytest.raises(ValueError, match="leave attention_mask out"):
+    with pytest.raises(ValueError, match="take no attention_mask and no position bias"):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), **places)
     with pytest.raises(ValueError, match="position bias"):
         build("t5-encoder", "effllm", device)(input_ids=ids, **places)

@@ -162,3 +162,12 @@ def test_what_is_not_supported_is_refused(device):
         flash_attn_varlen_func(*given.values(), starts, starts, 70, 70, block_table=starts)
     with pytest.raises(ValueError, match="one shape"):
         flash_attn_varlen_func(*given.values(), starts, starts[1:], 70, 70)
+
+
+def test_packed_numbers_are_floats():
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    whole = torch.ones(3, 2, 16, dtype=torch.int32)
+    with pytest.raises(ValueError, match="q must be float16, bfloat16, float32 or float64"):
+        flash_attn_varlen_func(whole, whole, whole, starts, starts, 3, 3)
+    with pytest.raises(ValueError, match="q must be float16, bfloat16, float32 or float64"):
+        flash_attn_varlen_qkvpacked_func(whole[:, None].expand(3, 3, 2, 16), starts, 3)

@@ -233,7 +233,14 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
         (["--url", "http://h", "--rate", "-1"], "--rate takes numbers above zero"),
         (["--url", "http://h", "--clients", ""], "nothing to send"),
         (["--url", "http://h", "--seconds", "0"], "--seconds must be positive"),
-        (["--url", "http://h", "--seconds", "nan"], "--seconds must be positive"),
+        (["--url", "http://h", "--seconds", "nan"], "--seconds must be a finite number"),
+        (["--url", "http://h", "--seconds", "inf", "--rate", "10"], "--seconds must be a finite number"),
+        (["--url", "http://h", "--within", "inf"], "--within must be a finite number"),
+        (["--url", "http://gpu..local"], "is no name of a host"),
+        (["--url", "http://h", "--task", "nonsense"], "unknown task 'nonsense'"),
+        (["--url", "http://h", "--api", "openai", "--task", "text-classification"], "it has nothing for --task"),
+        (["--url", "http://h", "--columns", "text=a"], "--columns is about the file of --data"),
+        (["MODEL", "--limit", "5"], "--limit is about the file of --data"),
         (["--url", "http://h", "--tokens", "64-16"], "--tokens takes lengths"),
         (["--url", "http://h", "--tokens", "64", "--data", "x.txt"], "does not go with --data"),
         (["--url", "http://h", "--data", "none.txt"], "no file at none.txt"),
@@ -253,6 +260,16 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_flags_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(*arguments) == 2
     assert words in error(capsys)
+
+
+def test_more_clients_than_files_may_be_open_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (300, 300))
+    assert bench("--url", "http://127.0.0.1:1", "--clients", "240") == 2
+    assert "--clients 240 need as many open files" in error(capsys)
+    assert bench("--url", "http://127.0.0.1:1", "--clients", "236") == 2
+    assert "no connection" in error(capsys)
 
 
 def test_without_url_a_model_is_still_wanted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from conftest import WORDS, make_model, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from effllm.folder import open_folder
 from effllm.runtime.tokenizer import INPUTS, TextTokenizer, inputs_of, longest_first
@@ -24,11 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
 @pytest.mark.parametrize("length", [6, 9, 12, 17])
-def test_texts_and_pairs_are_cut_as_the_library_cuts_them(folder: Path, architecture: str, length: int) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_texts_and_pairs_are_cut_as_the_library_cuts_them(architecture: str, length: int, side: str) -> None:
     backend = make_tokenizer(architecture).backend_tokenizer
     library = copy.deepcopy(backend)
-    library.enable_truncation(length, strategy="longest_first")
-    tokenizer = TextTokenizer(backend, length, None, 0)
+    library.enable_truncation(length, strategy="longest_first", direction=side)
+    tokenizer = TextTokenizer(backend, length, None, 0, keeps_end=side == "left")
     cut = 0
     for text in TEXTS:
         for pair in (None, *TEXTS):
@@ -46,6 +49,21 @@ def test_texts_and_pairs_are_cut_as_the_library_cuts_them(folder: Path, architec
     assert cut > 10
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_folder_says_which_end_of_a_text_is_cut(tmp_path: Path, where: str) -> None:
+    folder = make_model(tmp_path / "model", "bert", "feature-extraction")
+    file = folder / where
+    content = json.loads(file.read_text())
+    truncation = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    content |= {"truncation_side": "left"} if where == "tokenizer_config.json" else {"truncation": truncation}
+    file.write_text(json.dumps(content))
+    tokenizer = TextTokenizer.open(open_folder(folder))
+    library = transformers.AutoTokenizer.from_pretrained(folder)
+    text = " ".join(WORDS) * 2
+    assert list(tokenizer.encode(text).ids) == library(text, truncation=True, max_length=64)["input_ids"]
+    assert tokenizer.keeps_end
+
+
 def test_words_are_cut_too(folder: Path) -> None:
     tokenizer = TextTokenizer(make_tokenizer("bert").backend_tokenizer, 6, None, 0)
     found = tokenizer.encode_words(list(WORDS[:20]))
@@ -53,6 +71,36 @@ def test_words_are_cut_too(folder: Path) -> None:
     assert found.special[0]
     assert found.special[-1]
     assert found.truncated_tokens > 0
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_words_have_the_tokens_that_they_have_in_a_text(prefix: bool, trim: bool) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim)
+    words = ["Ada", "Lovelace,", "", "x", "北京", "Ada"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, special_tokens=["[CLS]"])
+    backend.train_from_iterator(["Ada Lovelace met Ada Lovelace"] * 3, trainer)
+    library = copy.deepcopy(backend)
+    found = TextTokenizer(backend, 64, None, 0).encode_words(words)
+    assert list(found.ids) == library.encode(" ".join(filter(None, words))).ids
+    assert set(found.word_ids) == {0, 1, 3, 4, 5}
+    assert list(found.word_ids) == sorted(found.word_ids)
+    for word in (0, 1, 4, 5):
+        places = [offset for offset, own in zip(found.offsets, found.word_ids, strict=True) if own == word]
+        assert (min(places)[0], max(place[1] for place in places)) == (0, len(words[word]))
+
+
+def test_words_are_cut_where_a_text_is_joined() -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.train_from_iterator(["a b"], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    found = TextTokenizer(backend, 5, None, 0).encode_words(["aaaa", "b", "c"])
+    assert list(found.word_ids) == [0, 0, 0, 0, 1]
+    assert found.truncated_tokens > 0
+    assert len(TextTokenizer(backend, 5, None, 0).encode_words([])) == 0
 
 
 def test_nothing_makes_all_parts_of_a_pair(folder: Path) -> None:

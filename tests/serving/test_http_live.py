@@ -28,6 +28,7 @@ from effllm.serving.connections import MAX_PIPELINED
 from effllm.serving.served import Answers, Result
 from effllm.serving.server import bind
 from effllm.serving.settings import ServeSettings
+from effllm.tasks import Example
 
 QUICK = ServeSettings(port=0, read_timeout=0.4, max_body=100_000, max_connections=8)
 
@@ -265,6 +266,27 @@ def test_a_client_that_does_not_read_is_cut_off(models: FakeModels) -> None:
         assert len(received(deaf)) < 64 * 50_000 * 4
         whole = httpx.post(f"{url}/embed_all", json={"inputs": "a"}, timeout=60)
         assert len(whole.content) > 64 * 50_000 * 4
+
+
+def test_answers_that_are_not_read_leave_room_for_small_ones_and_turn_large_ones_away(models: FakeModels) -> None:
+    large = Answers([Result(np.full((64, 50_000), 1.5, np.float32), 64, 0)], 0.0, 0.0, 0.0)  # 12.8 MB of JSON
+    small = Answers([Result(np.full((1, 8), 1.5, np.float32), 1, 0)], 0.0, 0.0, 0.0)
+
+    async def answer(examples: list[Example], **_: object) -> Answers:
+        return small if examples[0].text == "small" else large
+
+    models.models["minilm"].answer = answer
+    with live(models, dataclasses.replace(QUICK, timeout=20, max_unread=20_000_000)) as url, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((urlsplit(url).hostname, urlsplit(url).port))
+        deaf.sendall(post("/embed_all", b'{"inputs": "a"}'))
+        assert eventually(lambda: httpx.post(f"{url}/embed_all", json={"inputs": "a"}).status_code == 429)
+        refused = httpx.post(f"{url}/embed_all", json={"inputs": "a"})
+        assert "not read yet" in refused.json()["error"]
+        assert refused.headers["retry-after"] == "1"
+        assert httpx.post(f"{url}/embed_all", json={"inputs": "small"}).status_code == 200
+        deaf.close()
+        assert eventually(lambda: httpx.post(f"{url}/embed_all", json={"inputs": "a"}).status_code == 200)
 
 
 def test_an_address_in_use_is_told_before_models_are_loaded() -> None:

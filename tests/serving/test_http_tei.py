@@ -86,7 +86,7 @@ def test_embed_all_gives_one_vector_per_token(models: FakeModels, client: Client
     states = client.post("/embed_all", {"inputs": ["a text", "a"]}).json()
     assert [np.shape(one) for one in states] == [(4, SIZE), (3, SIZE)]
     assert models.models["minilm"].asked[-1][1] == TOKEN_STATES
-    assert client.post("/embed_all", {"inputs": ["a"] * 33}).status_code == 413
+    assert len(client.post("/embed_all", {"inputs": ["a"] * 33}).json()) == 33
 
 
 def test_classes_come_best_first_as_probabilities_or_as_the_outputs(client: Client) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 from conftest import WORDS, make_model
 
+import effllm
 from effllm.errors import ArtifactError, SettingError
 from effllm.runtime.predictor import Predictor
 from effllm.serving.garbage import settle
@@ -239,6 +241,33 @@ def test_what_a_killed_worker_ran_is_answered_by_the_next_one(folders: dict[str,
     run(classifier(folders), test)
 
 
+def test_a_worker_that_comes_back_to_another_folder_answers_as_that_folder(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    served, other = tmp_path / "model", make_model(tmp_path / "other")
+    shutil.copytree(folders[CLASSIFIER], served)
+    config = json.loads((other / "config.json").read_text())
+    config["id2label"] = {"0": "a", "1": "b", "2": "c"}
+    (other / "config.json").write_text(json.dumps(config | {"label2id": {"a": 0, "b": 1, "c": 2}}))
+    effllm.export(other, tmp_path / "replacing")
+
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        stop(model.instance.worker_pid)
+        waiting = asyncio.create_task(model.answer([Example("good movie")]))
+        await asyncio.sleep(0.05)
+        shutil.rmtree(served)
+        (tmp_path / "replacing").rename(served)
+        os.kill(model.instance.worker_pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="was replaced"):
+            await waiting
+        answer = (await model.answer([Example("good movie")], deadline_s=20)).results[0].value
+        assert answer["label"] in "abc"
+        assert model.info.labels == ("a", "b", "c")
+
+    run({"model": served}, test)
+
+
 def test_a_worker_comes_back_once_the_machine_can_start_processes_again(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +291,7 @@ def test_a_worker_comes_back_once_the_machine_can_start_processes_again(
 def test_what_nobody_waits_for_is_not_tokenised_to_its_end(folders: dict[str, Path]) -> None:
     async def test(service: Service) -> None:
         model, begun = service.find(None), []
-        tokenizer = model.instance._thread_tokenizer
+        tokenizer = model.instance._tokenising._thread_tokenizer
         encode = tokenizer.encode
 
         def slow(*texts: Any) -> Any:
@@ -467,13 +496,13 @@ def test_tokens_are_told_as_the_model_sees_them(folders: dict[str, Path]) -> Non
 def test_tokenising_has_few_places_of_its_own_a_deadline_and_a_bound(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("effllm.serving.instance.TOKENISED_TOKENS", 3000, raising=False)
+    monkeypatch.setattr("effllm.serving.tokenising.TOLD_TOKENS", 3000)
 
     async def test(service: Service) -> None:
         model, busy = service.find(None), threading.Event()
         with pytest.raises(TooLong, match="more than 3000 tokens"):
             await model.tokenise([WORDS[0], f"{WORDS[0]} " * 3000])
-        model.instance._thread.submit(busy.wait, 20)
+        model.instance._tokenising._thread.submit(busy.wait, 20)
         long = f"{WORDS[0]} " * 2000
         waiting = [asyncio.create_task(model.tokenise([long])) for _ in range(5)]
         await asyncio.sleep(0)
@@ -483,6 +512,37 @@ def test_tokenising_has_few_places_of_its_own_a_deadline_and_a_bound(
         assert len((await model.tokenise([long]))[0]) == 2002
 
     run(classifier(folders), test, ServeSettings(threads=1, timeout=2))
+
+
+def test_a_reload_finishes_what_is_being_tokenised(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model, busy = service.find(None), threading.Event()
+        model.instance._tokenising._thread.submit(busy.wait, 20)
+        telling = asyncio.create_task(model.tokenise([f"{WORDS[0]} " * 2000]))
+        await asyncio.sleep(0)
+        await service.reload()
+        await asyncio.sleep(0.2)
+        busy.set()
+        assert len((await telling)[0]) == 2002
+
+    run(classifier(folders), test)
+
+
+def test_token_states_that_would_fill_memory_are_refused_before_they_are_made(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        examples, batches = [Example(WORDS[0])] * 5, model.instance.counts.batches
+        monkeypatch.setattr("effllm.serving.tokenising.STATE_NUMBERS", 15 * model.info.embedding_size)
+        assert len((await model.answer(examples, task=TOKEN_STATES)).results) == 5
+        monkeypatch.setattr("effllm.serving.tokenising.STATE_NUMBERS", 15 * model.info.embedding_size - 1)
+        with pytest.raises(TooMany, match="15 tokens, more than the 14"):
+            await model.answer(examples, task=TOKEN_STATES)
+        assert len((await model.answer(examples)).results) == 5
+        assert model.instance.counts.batches > batches
+
+    run({"feature-extraction": folders["feature-extraction"]}, test)
 
 
 def test_windows_take_places_and_one_input_makes_only_so_many(folders: dict[str, Path]) -> None:

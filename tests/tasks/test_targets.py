@@ -23,16 +23,17 @@ CORPUS = "ada lovelace moved to london in 1840 and wrote about the analytical en
 
 
 def tokenizer(kind: str, max_length: int = 64) -> TextTokenizer:
-    """Return a small tokenizer of a family: BERT's word pieces, RoBERTa's byte-level BPE, or T5's unigrams."""
+    """Return a small tokenizer of a family: BERT's word pieces, byte-level BPE with a space before the first word (as
+    RoBERTa's for words) or without (as ModernBERT's), or T5's unigrams."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     if kind == "wordpiece":
         backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer = normalizers.BertNormalizer()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=special)
-    elif kind == "bpe":
+    elif kind.startswith("bpe"):
         backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "bpe")
         backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet)
@@ -48,7 +49,7 @@ def tokenizer(kind: str, max_length: int = 64) -> TextTokenizer:
     return TextTokenizer(backend, max_length, "[MASK]", 0)
 
 
-KINDS = ("wordpiece", "bpe", "unigram")
+KINDS = ("wordpiece", "bpe", "bpe without prefix", "unigram")
 
 
 def test_classes_are_indices_and_regressions_numbers() -> None:

@@ -20,9 +20,11 @@ from safetensors.numpy import load_file
 import effllm
 import effllm.train.finetune as finetuning
 from effllm.errors import ArtifactError, SettingError, Unsupported
+from effllm.folder import open_folder
 from effllm.train.finetune import finetune
 from effllm.train.settings import FinetuneSettings
 from effllm.train.supervised import Passes, cut_passes
+from effllm.variant import MANIFEST
 
 GOOD, BAD = WORDS[:12], WORDS[12:24]
 
@@ -124,6 +126,19 @@ def test_the_result_is_a_model_folder_of_the_architecture(architecture: str, tmp
     assert answer["label"] in {"b", "g"}
 
 
+def test_the_length_that_was_asked_for_is_the_folders(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    most = open_folder(base).max_length
+    run(base, tmp_path / "short", "text-classification", file, settings={"max_length": 9})
+    run(base, tmp_path / "whole", "text-classification", file)
+    assert (open_folder(tmp_path / "short").max_length, open_folder(tmp_path / "whole").max_length) == (9, most)
+    library = transformers.AutoTokenizer.from_pretrained(tmp_path / "short")
+    assert len(library("a " * 50, truncation=True)["input_ids"]) == 9
+    with pytest.raises(SettingError, match=f"takes {most} tokens, --max-length is {most + 1}"):
+        run(base, tmp_path / "long", "text-classification", file, settings={"max_length": most + 1})
+    assert not (tmp_path / "long").exists()
+
+
 def test_a_trained_folder_compresses_and_keeps_its_labels(base: Path, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "data.jsonl", classified())
     run(base, tmp_path / "out", "text-classification", file, dev=file, settings={"epochs": 10.0})
@@ -218,6 +233,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(base: Path, tmp_path: Path)
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["quick"], vocabulary["brown"] = vocabulary["brown"], vocabulary["quick"]
     (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "teacher" / MANIFEST).unlink()
     with pytest.raises(SettingError, match="another tokenizer"):
         run(base, tmp_path / "out", "text-classification", file, teacher=tmp_path / "teacher")
 
@@ -233,6 +249,7 @@ def test_a_teacher_that_gives_several_labels_is_refused(base: Path, tmp_path: Pa
     run(base, tmp_path / "teacher", "text-classification", file)
     config = tmp_path / "teacher" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"problem_type": "multi_label_classification"}))
+    (tmp_path / "teacher" / MANIFEST).unlink()
     with pytest.raises(SettingError, match="any number of labels"):
         run(base, tmp_path / "out", "text-classification", file, teacher=tmp_path / "teacher")
 

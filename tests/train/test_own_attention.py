@@ -11,10 +11,12 @@ from conftest import make_model, make_tokenizer
 from runs import settings
 from test_finetune import classified, run, write_jsonl
 
+from effllm.data.vocabulary import Vocabulary
 from effllm.errors import Unsupported
 from effllm.folder import open_folder
 from effllm.tasks import TASKS
 from effllm.train.heads import load_for_task
+from effllm.train.models import build_model
 from effllm.train.pretrain import pretrain
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
@@ -59,6 +61,37 @@ def test_it_is_not_pre_trained_on_packed_rows(tokens: Path, folder: Path, tmp_pa
     with pytest.raises(Unsupported, match="cannot be kept within packed sequences"):
         list(pretrain(tokens, tmp_path / "out", settings(model=str(folder / "config.json"))))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("mobilebert", {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}),
+        ("esm", {"token_dropout": True, "mask_token_id": 4, "position_embedding_type": "absolute"}),
+        ("fnet", {}),
+    ],
+)
+def test_a_model_that_mixes_packed_sequences_is_not_pre_trained(
+    tokens: Path, tmp_path: Path, kind: str, more: dict
+) -> None:
+    size = Vocabulary.read(tokens / "tokenizer").size
+    config = transformers.AutoConfig.for_model(kind, **SMALL, **more, vocab_size=size, max_position_embeddings=64)
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(Unsupported, match="packed sequences"):
+        list(pretrain(tokens, tmp_path / "out", settings(model=str(tmp_path / "model"))))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "electra", "camembert", "xlm-roberta", "esm"])
+def test_a_model_that_keeps_packed_sequences_apart_is_pre_trained(tokens: Path, tmp_path: Path, kind: str) -> None:
+    vocabulary = Vocabulary.read(tokens / "tokenizer")
+    more = {"embedding_size": 32} if kind == "electra" else {}
+    more |= {"token_dropout": False, "mask_token_id": vocabulary.mask_id} if kind == "esm" else {}
+    config = transformers.AutoConfig.for_model(
+        kind, **SMALL, **more, vocab_size=vocabulary.size, max_position_embeddings=64, pad_token_id=vocabulary.pad_id
+    )
+    config.save_pretrained(tmp_path / "model")
+    build_model(str(tmp_path / "model"), vocabulary, 32, "mlm", 0)
 
 
 def test_the_others_take_what_is_named(tmp_path: Path) -> None:
