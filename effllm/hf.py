@@ -63,7 +63,8 @@ class Stored:
 class SparseLinear(nn.Linear):
     """A linear layer whose zeros stay: `mask`, bool (rows, columns), marks the weights that may change.
 
-    The masked weights are zero, and no gradient reaches them, so that optimizers with a state per weight leave them so.
+    The masked weights are zero, and no gradient reaches them. An optimizer that moves them all the same, as Muon does,
+    moves what the layer does not use and no file stores.
     """
 
     mask: torch.Tensor
@@ -83,8 +84,7 @@ class SparseLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name
         """Apply the layer to (…, columns)."""
-        weight = self.weight * self.mask if torch.is_grad_enabled() and self.weight.requires_grad else self.weight
-        return functional.linear(input, weight, self.bias)
+        return functional.linear(input, self.weight * self.mask, self.bias)
 
 
 class LowRankLinear(nn.Module):

@@ -175,12 +175,15 @@ def test_missing_model_and_existing_output(
     assert (taken / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
-@pytest.mark.parametrize("verb", ["compress", "finetune", "pretrain"])
+@pytest.mark.parametrize("verb", ["compress", "finetune", "pretrain", "pretrain --model"])
 def test_a_flipped_byte_in_what_is_started_from_is_found(
     verb: str, classifier: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(tokens if verb == "pretrain" else classifier, copy)
+    if verb == "pretrain --model":
+        make_model(copy, task="fill-mask")
+    else:
+        shutil.copytree(tokens if verb == "pretrain" else classifier, copy)
     if verb != "pretrain":
         write_manifest(copy, {"task": "text-classification"})
     file = copy / ("train/tokens.bin" if verb == "pretrain" else "model.safetensors")
@@ -193,8 +196,10 @@ def test_a_flipped_byte_in_what_is_started_from_is_found(
         "compress": ["--method", "magnitude"],
         "finetune": ["--task", "text-classification", "--train", data],
         "pretrain": ["--model", "tiny", "--steps", 1, "--batch-size", 2, "--max-length", 16],
+        "pretrain --model": ["--model", copy, "--steps", 1, "--batch-size", 2, "--max-length", 16],
     }[verb]
-    assert run(verb, copy, "--out", tmp_path / "out", *more) == 2
+    start = tokens if verb == "pretrain --model" else copy
+    assert run(verb.split(maxsplit=1)[0], start, "--out", tmp_path / "out", *more) == 2
     assert "is damaged: its SHA-256" in one_line(capsys)
     assert not (tmp_path / "out").exists()
 

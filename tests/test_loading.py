@@ -11,15 +11,16 @@ from typing import Any
 
 import onnxruntime
 import pytest
+import torch
 import transformers
-from conftest import make_model
+from conftest import WORDS, make_model
 from safetensors.torch import load_file, save_file
 
 import effllm
 from effllm.errors import ArtifactError
 from effllm.exporters.source import load_source
 from effllm.folder import open_folder
-from effllm.hf import load
+from effllm.hf import SparseLinear, load
 from effllm.runtime.ort import OrtEngine
 from effllm.tasks import task_of
 
@@ -165,3 +166,27 @@ def test_settings_that_change_texts_before_they_are_embedded_are_refused(
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": True}))
         assert len(effllm.open(folder).embed(["a fox"])) == 1
+
+
+def test_what_an_optimizer_moves_outside_of_a_mask_is_not_used() -> None:
+    mask = torch.tensor([[True, False], [False, True]])
+    layer = SparseLinear.of(torch.nn.Linear(2, 2), mask)
+    x = torch.randn(3, 2)
+    with torch.inference_mode():
+        before = layer(x)
+    with torch.no_grad():
+        layer.weight += 5 * ~mask
+    with torch.inference_mode():
+        assert torch.equal(layer(x), before)
+
+
+def test_the_end_of_a_text_that_is_kept_is_kept_by_the_export_too(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    file = folder / "tokenizer.json"
+    truncation = {"direction": "Left", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"truncation": truncation}))
+    variant = effllm.export(folder, tmp_path / "out")
+    text = " ".join(WORDS)
+    assert effllm.open(variant.path).predict(text)["label"] == effllm.open(folder).predict(text)["label"]
+    assert effllm.open(variant.path).tokenizer.keeps_end
+    assert transformers.AutoTokenizer.from_pretrained(variant.path).truncation_side == "left"

@@ -44,12 +44,16 @@ def pretrain(data: str, out: str, branch: str | None, resume: bool, force: bool,
     bit for bit on the CPU.
     """
     from effllm.cli.training import follow, is_first_process
-    from effllm.train.branch import Trunk
+    from effllm.train.branch import Trunk, begun
     from effllm.train.pretrain import pretrain as run
 
-    trunk = Trunk.open(branch) if branch else None
-    if trunk:
-        settings = trunk.decaying(settings.steps, _free_settings(settings))
+    trunk, free = None, _free_settings(settings) if branch else {}
+    own = begun(Path(out), settings.steps, free) if branch and resume else None
+    if own:
+        settings = own
+    elif branch:
+        trunk = Trunk.open(branch)
+        settings = trunk.decaying(settings.steps, free)
     records = run(data, out, settings, trunk=trunk, resume=resume, force=force)
     follow((("", record) for record in records), settings.log_every, Path(out))
     if is_first_process():

@@ -117,7 +117,7 @@ class Int8:
         return Result(chosen.file, FILE_NAME, chosen.comparison, chosen.batch_dependent, rows, details, notes)
 
     def _observe(self, job: GraphJob, graph: onnx.ModelProto, values: list[str]) -> dict[str, Observed]:
-        encodings = job.encodings()
+        encodings = [encoding for encoding in job.encodings() if len(encoding)]
         return observe(graph, values, encodings, job.work, seed=self.seed, threads=job.threads, track=job.track)
 
     def _rank(

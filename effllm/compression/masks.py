@@ -48,6 +48,8 @@ class Pattern:
         """Return the mask of one layer; `global` counts as `layer` here."""
         if self.kind in N_OF_M:
             n, m = N_OF_M[self.kind]
+            if score.shape[1] % m:  # an earlier method of the row made it so
+                raise SettingError(f"{self.kind} needs columns in groups of {m}; a layer has {score.shape[1]} by now")
             return _largest(score.reshape(-1, m), n).view_as(score)
         if self.kind == "row":
             return _largest(score, _kept(score.shape[1], sparsity))

@@ -63,7 +63,7 @@ class Calibrated:
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer of the model, with its length limit."""
-        return TextTokenizer.of(self.source.tokenizer.backend_tokenizer, self.source.folder)
+        return self.source.text_tokenizer()
 
     def encodings(self) -> list[Encoding]:
         """Return the tokenised calibration inputs, in order."""

@@ -34,7 +34,6 @@ from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.runtime.engine import open_engine
 from effllm.runtime.predictor import Predictor
-from effllm.runtime.tokenizer import TextTokenizer
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import Example, Task, scoring, task_of
@@ -196,7 +195,7 @@ class _Run:
         label = " + ".join(method.name for method in self.methods)
         before = _linear_weights(self.source.model)
         folder, task, threads = self.source.folder, self.source.task, self.threads
-        tokenizer = TextTokenizer.of(self.source.tokenizer.backend_tokenizer, folder)
+        tokenizer = self.source.text_tokenizer()
         opened = open_engine("torch", folder.path, auto_class=task.auto_class, threads=threads)
         dense = Predictor("dense", folder, task, tokenizer, opened)
         source = self._change_weights()

@@ -50,7 +50,7 @@ class Training:
     seed: int = field(default=0, metadata={"help": "decides texts, order and dropout"})
 
     def __post_init__(self) -> None:
-        for key, least in {"epochs": 0, "steps": 0, "batch_size": 1, "pass_tokens": 0}.items():
+        for key, least in {"epochs": 0, "steps": 0, "batch_size": 1, "pass_tokens": 0, "seed": 0}.items():
             if getattr(self, key) < least:
                 raise SettingError(f"{self.name}: {key} must be at least {least}, got {getattr(self, key)}")
         if self.stage is Stage.TRAIN and not (self.epochs or self.steps):

@@ -64,8 +64,10 @@ def _distance(dense: Mapping[str, np.ndarray], moved: Mapping[str, np.ndarray]) 
 def distance(name: str, dense: np.ndarray, moved: np.ndarray) -> float:
     """Return how far an output (…, width) moved: 0 where it did not.
 
-    A single score has no distribution; its distance is the squared difference.
+    A single score has no distribution; its distance is the squared difference. An output of no places did not move.
     """
+    if not dense.size:
+        return 0.0
     a, b = dense.astype(np.float64), moved.astype(np.float64)
     if name == "last_hidden_state":
         sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)

@@ -90,7 +90,10 @@ def choose_texts(source: Source, methods: Sequence[Method], given: Given) -> Tex
             notes.append(f"calibrated on {ENGLISH.lower()}; --calib FILE with texts of your own domain is better")
     if not gate.examples:
         gate = _unlabelled_gate(source, pool, train, calibrating=bool(counts))
-        notes.append("no labelled data was given (--dev): the gate is on agreement with the dense model")
+        judged = "the words that are restored" if source.task.name == "fill-mask" else "agreement with the dense model"
+        notes.append(f"no labelled data was given (--dev): the gate is on {judged}")
+        if gate.data == ENGLISH and pool.data != ENGLISH:
+            notes.append("all texts are trained on, so the gate is on English sentences; give it others by --calib")
     if len(gate.examples) < FEW_TEXTS:
         notes.append(f"the gate judges by {len(gate.examples)} texts alone; {FEW_TEXTS} or more are better (--dev)")
     calibration = Part(distinct(without(pool.examples, gate.examples)), pool.data)

@@ -66,7 +66,7 @@ def _output_scale(predictor: Predictor, examples: Sequence[Example]) -> float:
     if predictor.task.outputs == ("last_hidden_state",):
         return 1.0
     outputs = [o for answer in predictor.answers(examples) for o in answer.outputs]
-    return max([1.0, *(float(np.abs(o[name]).max()) for o in outputs for name in predictor.task.outputs)])
+    return max([1.0, *(float(np.abs(o[name]).max(initial=0.0)) for o in outputs for name in predictor.task.outputs)])
 
 
 def latencies(predictors: Mapping[str, Predictor], examples: Sequence[Example], track: Track) -> dict[str, list[float]]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from effllm.compression.calibrate import feeds
+from effllm.compression.calibrate import TOKENS, feeds, within
 from effllm.compression.layers import Layer, layer_list, layers
 from effllm.compression.method import WeightsJob
 from effllm.compression.slicing import Block, keep_units
@@ -144,7 +144,7 @@ def _record(model: Any, job: WeightsJob) -> list[_Text]:
 
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layer_list(model)[1]]
     texts = []
-    for feed in feeds(model, job.encodings()):
+    for feed in feeds(model, within(job.encodings(), TOKENS, 0)):  # all their states are held at once
         model(**feed)
         start = calls[0][0][0]
         texts.append(_Text(start, start, [(args[1:], kwargs) for args, kwargs in calls]))

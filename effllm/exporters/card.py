@@ -116,7 +116,8 @@ def _triton(content: Mapping[str, Any], name: str) -> list[str]:
 
 def _kserve(content: Mapping[str, Any], name: str) -> list[str]:
     pair = content["task"] == "question-answering"
-    texts = {"text": "Where does she live?", "text_pair": "Ada lives in Paris."} if pair else {"text": "A text."}
+    single = "A [MASK] text." if content["task"] == "fill-mask" else "A text."
+    texts = {"text": "Where does she live?", "text_pair": "Ada lives in Paris."} if pair else {"text": single}
     inputs = [{"name": key, "shape": [1], "datatype": "BYTES", "data": [text]} for key, text in texts.items()]
     return [
         "1. Build the image from `examples/serving/Dockerfile` of effllm and push it where the cluster can pull it.",

@@ -59,6 +59,7 @@ def _write_tokenizer(source: Source, target: Path) -> None:
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     settings |= tokens
     settings["model_max_length"] = source.folder.max_length
+    settings["truncation_side"] = tokenizer.truncation_side
     settings |= class_settings(str(source.folder.config["model_type"]), json.loads(backend.to_str()))
     settings["model_input_names"] = list(tokenizer.model_input_names)
     write_json(target / "tokenizer_config.json", settings)

@@ -12,6 +12,7 @@ from effllm.errors import ArtifactError, Unsupported, first_line
 from effllm.folder import ModelFolder, disguise, has_tokenizer
 from effllm.hf import load_trained, quiet
 from effllm.runtime.pooling import read_pooling
+from effllm.runtime.tokenizer import TextTokenizer
 from effllm.tasks import Head, Task
 
 MODEL_TYPES = frozenset({"bert", "roberta", "distilbert", "electra", "xlm-roberta", "modernbert"})
@@ -29,6 +30,11 @@ class Source:
     model: Any
     tokenizer: Any
     head: Head
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """Return the tokenizer as the engines' inputs are made with it."""
+        keeps_end = self.tokenizer.truncation_side == "left"
+        return TextTokenizer.of(self.tokenizer.backend_tokenizer, self.folder, keeps_end=keeps_end)
 
 
 def load_source(folder: ModelFolder, task: Task) -> Source:

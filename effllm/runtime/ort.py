@@ -9,8 +9,10 @@ from typing import Self
 
 import numpy as np
 
+from effllm import machine
 from effllm.errors import ArtifactError, first_line
 from effllm.folder import disguise
+from effllm.variant import is_variant, read_manifest
 
 # Its binaries report to Microsoft, from the import on, unless this is set before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -19,6 +21,9 @@ import onnxruntime as ort
 
 ort.disable_telemetry_events()  # where something else imported it first
 ort.set_default_logger_severity(4)
+
+SAFE_LEVELS = 63
+"""The largest 8-bit weight of which two products fit into 16 bits whatever they are multiplied with."""
 
 
 class OrtEngine:
@@ -39,6 +44,9 @@ class OrtEngine:
             raise ArtifactError(f"{path} is missing")
         try:
             options = session_options(threads, spin=spin)
+            isa = machine.instruction_set()
+            if isa.family == "x86" and not isa.vnni and _has_full_range(path):
+                options.add_session_config_entry("session.x64quantprecision", "1")
             return cls(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
         except Exception as error:  # ONNX Runtime raises a dozen types without a public base class
             raise ArtifactError(f"{path} cannot be loaded{disguise(path)}: {first_line(error)}") from None
@@ -47,6 +55,18 @@ class OrtEngine:
         """Run one padded batch."""
         results = self._session.run(None, {name: feeds[name] for name in self.inputs})
         return dict(zip(self._outputs, results, strict=True))
+
+
+def _has_full_range(path: Path) -> bool:
+    """Return whether a graph of effllm has 8-bit weights beyond 7 bits, as processors with 8-bit dot products get them.
+
+    Where products are summed in 16 bits such a sum saturates; ONNX Runtime can take a slower way, and answers as gated.
+    """
+    folder = path.absolute().parent.parent
+    if not is_variant(folder):
+        return False
+    details = read_manifest(folder).get("details")
+    return isinstance(details, dict) and int(details.get("weight_levels", 0)) > SAFE_LEVELS
 
 
 def session_options(threads: int, *, spin: bool = True) -> ort.SessionOptions:

@@ -91,18 +91,22 @@ class TextTokenizer:
         return cls.of(backend, folder)
 
     @classmethod
-    def of(cls, backend: Tokenizer, folder: ModelFolder) -> TextTokenizer:
-        """Wrap a tokenizer that is already loaded, with the limits and special tokens of a model folder."""
+    def of(cls, backend: Tokenizer, folder: ModelFolder, *, keeps_end: bool | None = None) -> TextTokenizer:
+        """Wrap a tokenizer that is already loaded, with the limits and special tokens of a model folder.
+
+        Which end of a text is cut is read from the folder and the tokenizer, unless `keeps_end` says so.
+        """
         mask = None
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             value = read_json(folder.path / name, {}).get("mask_token")
             mask = mask or (value.get("content") if isinstance(value, dict) else value)
         if mask is None:
             mask = next((token for token in ("[MASK]", "<mask>") if backend.token_to_id(token) is not None), None)
-        side = read_json(folder.path / "tokenizer_config.json", {}).get("truncation_side")
-        side = side or str((backend.truncation or {}).get("direction", "right"))
+        if keeps_end is None:
+            side = read_json(folder.path / "tokenizer_config.json", {}).get("truncation_side")
+            keeps_end = str(side or (backend.truncation or {}).get("direction")).lower() == "left"
         pad_id = int(folder.config.get("pad_token_id") or 0)
-        return cls(backend, folder.max_length, mask, pad_id, keeps_end=side.lower() == "left")
+        return cls(backend, folder.max_length, mask, pad_id, keeps_end=keeps_end)
 
     @property
     def vocabulary_size(self) -> int:

@@ -63,14 +63,14 @@ def masked_text(text: str) -> str:
     return MASKS.sub(MASK, text)
 
 
-def fillings(value: Mapping[str, Any], text: str) -> list[Any]:
+def fillings(value: Mapping[str, Any], text: str, index: int = 0) -> list[Any]:
     """Return `{"score", "token", "token_str", "sequence"}` for the best words; a list of those per mask if several.
 
-    Raises BadInput where a mask was cut off with the end of its text.
+    Raises BadInput, for the input of that index, where a mask was cut off with the end of its text.
     """
     places = [match.span() for match in MASKS.finditer(text)]
     if len(value["masks"]) < len(places):
-        raise BadInput("a [MASK] stands beyond the tokens that the model takes")
+        raise BadInput("a [MASK] stands beyond the tokens that the model takes", index)
     masks = []
     for (start, end), mask in zip(places, value["masks"], strict=True):
         masks.append(

@@ -63,7 +63,7 @@ class Gate:
         try:
             await self._admitted(scope, call, receive, send, status)
         except (Refused, HttpError) as error:
-            shown = of_refusal(error) if isinstance(error, Refused) else error
+            shown = of_refusal(error, call.template) if isinstance(error, Refused) else error
             await send_reply(error_reply(call, shown), send)
         except ClientGone:
             raise

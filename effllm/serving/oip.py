@@ -206,7 +206,7 @@ def _examples(tensors: Sequence[InputTensor], task: str) -> list[Example]:
         found[tensor.name] = data
     if "text" not in found or (task == "question-answering" and "text_pair" not in found):
         raise HttpError(400, "unknown_input", f"{task} needs the inputs {' and '.join(takes)}", param="inputs")
-    pairs: Sequence[str | None] = found.get("text_pair") or [None] * len(found["text"])
+    pairs: Sequence[str | None] = found.get("text_pair", [None] * len(found["text"]))
     if len(pairs) != len(found["text"]):
         raise HttpError(400, "shape", "text and text_pair must hold as many texts", param="inputs")
     return [Example(text, pair) for text, pair in zip(found["text"], pairs, strict=True)]
@@ -224,8 +224,8 @@ def _outputs(info: ModelInfo, examples: Sequence[Example], answers: Answers) -> 
         named = [value.get("scores") or {value["label"]: value["score"]} for value in values]
         scores = np.array([[own[label] for label in info.labels] for own in named], dtype=np.float32)
         return _tensors({"scores": scores, "labels": [value["label"] for value in values]})
-    pairs = zip(examples, values, strict=True)
-    return _tensors({"answers": [orjson.dumps(reply_of(info, e, value)).decode() for e, value in pairs]})
+    pairs = enumerate(zip(examples, values, strict=True))
+    return _tensors({"answers": [orjson.dumps(reply_of(info, e, value, i)).decode() for i, (e, value) in pairs]})
 
 
 def _tensors(values: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from effllm.errors import MissingExtra, SettingError
 from effllm.serving.settings import RaySettings, ServeSettings
+from effllm.variant import read_manifest
 
 try:
     import ray
@@ -67,8 +68,14 @@ class Replica:
 def deploy(folders: Mapping[str, Path], settings: ServeSettings, scale: RaySettings) -> None:
     """Start the deployment on a cluster, or update it there: replicas are replaced one after another.
 
-    Returns when the new replicas answer. Raises SettingError where there is no cluster at the address.
+    Returns when the new replicas answer. Raises SettingError where there is no cluster at the address or no key in the
+    key file, ArtifactError for a folder that effllm did not write.
     """
+    settings.read_key()
+    for path in folders.values():
+        read_manifest(path)
+    if settings.api_key_file:
+        settings = dataclasses.replace(settings, api_key_file=str(Path(settings.api_key_file).absolute()))
     if not ray.is_initialized():
         try:
             _try_connection(scale.ray_address)

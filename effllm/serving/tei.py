@@ -119,8 +119,8 @@ async def predict(shared: Shared, call: Call, body: PredictRequest) -> Reply:
     check_texts(shared.settings, len(examples), texts)
     answers = await ask(shared, call, model, prepared(task, examples), truncate=body.truncate)
     replies = [
-        reply_of(info, example, result.value, raw=body.raw_scores)
-        for example, result in zip(examples, answers.results, strict=True)
+        reply_of(info, example, result.value, index, raw=body.raw_scores)
+        for index, (example, result) in enumerate(zip(examples, answers.results, strict=True))
     ]
     return json_reply(replies[0] if single else replies, timings(call, answers))
 
@@ -181,14 +181,14 @@ def prepared(task: str, examples: Sequence[Example]) -> list[Example]:
     return list(examples)
 
 
-def reply_of(info: ModelInfo, example: Example, value: Any, *, raw: bool = False) -> Any:
-    """Return one answer in the form of its task."""
+def reply_of(info: ModelInfo, example: Example, value: Any, index: int = 0, *, raw: bool = False) -> Any:
+    """Return one answer, that to the input of this index, in the form of its task."""
     if info.task == "text-classification":
         return classes(value, info.labels, raw=raw)
     if info.task == "token-classification":
         return entity_groups(value, str(example.text))
     if info.task == "fill-mask":
-        return fillings(value, str(example.text))
+        return fillings(value, str(example.text), index)
     return span_answer(value)
 
 
@@ -259,12 +259,15 @@ async def tokenize(shared: Shared, call: Call, body: TokenizeRequest) -> Reply:
     pieces = await model.tokenise(texts)
     call.tokens = sum(len(own) for own in pieces)
     shown = [[piece for piece in own if body.add_special_tokens or not piece.special] for own in pieces]
-    return json_reply([[_token(piece) for piece in own] for own in shown])
+    return json_reply([[_token(piece, text) for piece in own] for text, own in zip(texts, shown, strict=True)])
 
 
-def _token(piece: TokenPiece) -> dict[str, Any]:
-    start, stop = (None, None) if piece.special else (piece.start, piece.stop)
-    return {"id": piece.id, "text": piece.text, "special": piece.special, "start": start, "stop": stop}
+def _token(piece: TokenPiece, text: str) -> dict[str, Any]:
+    """Return a token as TEI tells it: its part of the text. `start` and `stop` count characters, TEI's bytes."""
+    if piece.special:
+        return {"id": piece.id, "text": piece.text, "special": True, "start": None, "stop": None}
+    part = text[piece.start : piece.stop]
+    return {"id": piece.id, "text": part, "special": False, "start": piece.start, "stop": piece.stop}
 
 
 async def info(shared: Shared, call: Call, body: None) -> Reply:

@@ -115,13 +115,16 @@ class TextClassification(Task):
     def agreements(self, first: Any, second: Any) -> list[float]:
         """Return whether the labels are the same; for a one-output head, one minus the difference of the outputs.
 
-        For a head with several labels per text, how many of those that either model gives both give (Jaccard's index).
+        For a head with several labels per text, how many of those that either model gives both give (Jaccard's index);
+        where neither gives one, one minus the largest difference of their probabilities: giving none is no evidence.
         """
         if "scores" not in first:
             return [max(0.0, 1.0 - abs(first["score"] - second["score"]))]
         if "labels" in first:
             either, both = (op(set(first["labels"]), set(second["labels"])) for op in (set.union, set.intersection))
-            return [len(both) / len(either) if either else 1.0]
+            if either:
+                return [len(both) / len(either)]
+            return [1.0 - max(abs(score - second["scores"][label]) for label, score in first["scores"].items())]
         return [float(first["index"] == second["index"])]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from effllm.errors import ArtifactError, SettingError
+from effllm.folder import read_json
 from effllm.settings import build
-from effllm.train.checkpoint import CHECKPOINTS, Progress, newest
+from effllm.train.checkpoint import CHECKPOINTS, RUN, Progress, newest
 from effllm.train.schedules import decay_branch, learning_rate_factor
 from effllm.train.settings import PretrainSettings
 from effllm.variant import Variant
@@ -62,3 +63,25 @@ class Trunk:
             )
         if s.mask_rate_end:
             raise SettingError(f"{self.checkpoint.path} cannot be branched: its mask rate follows the run's length")
+
+
+def origin(run: Path) -> dict[str, Any]:
+    """Return what a run's identity holds of its trunk: `branch`, the digest of that checkpoint, or nothing."""
+    identity = read_json(run / RUN, {})
+    return {"branch": identity["branch"]} if "branch" in identity else {}
+
+
+def begun(run: Path, steps: int, free: Mapping[str, Any]) -> PretrainSettings | None:
+    """Return the settings of a branch of so many steps that has a checkpoint, None where `run` is none.
+
+    It goes on from its own checkpoint, wherever the trunk stands by now and whatever became of it. Raises SettingError
+    where it was begun with other steps.
+    """
+    found = newest(run) if origin(run) else None
+    if not found:
+        return None
+    settings = build(PretrainSettings, found[0].manifest["steps"][-1]["settings"], str(found[0].path))
+    own = round(settings.steps * settings.decay)
+    if own != steps:
+        raise SettingError(f"the branch in {run} was begun with --steps {own}, now it is {steps}")
+    return dataclasses.replace(settings, **free)

@@ -30,6 +30,7 @@ from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.devices import describe
 from effllm.train.distil import CAPTURING, register
 from effllm.train.heads import check_task, load_for_task
+from effllm.train.lock import holding, take
 from effllm.train.loop import StepRecord
 from effllm.train.publish import RESULT, publish, write_result
 from effllm.train.run import Evaluation, Run, make_accelerator, open_run, train
@@ -108,7 +109,8 @@ def finetune(
     if not teacher:
         settings.check_untaught()
     goal = _supervision(model, task, train, dev, columns or {})
-    return _runs(goal, target, work_folder(target), settings, seeds, teacher, resume=resume, force=force)
+    work = work_folder(target)
+    return holding(take(work), _runs(goal, target, work, settings, seeds, teacher, resume=resume, force=force))
 
 
 def _runs(
@@ -221,6 +223,7 @@ def _run(
         companions=companion_files(goal.folder.path),
         manifest={"task": goal.task.name, "parent": {"name": goal.folder.name}, "steps": []},
         patience=settings.patience,
+        save_evaluated=settings.average > 0,
     )
     yield from train(run, accelerator, checkpoint)
     if settings.average:
@@ -261,6 +264,9 @@ def _teacher(
     """
     folder = open_folder(teacher)
     check_whole(folder.path)
+    longest = _tokenizer(goal.folder, settings).max_length
+    if folder.max_length < longest:
+        raise SettingError(f"the teacher {folder.path} takes {folder.max_length} tokens, the model {longest}")
     check_teacher(folder, goal.folder, goal.task, goal.head)
     register()
     taught = load_trained(folder, goal.task.auto_class, attention=CAPTURING)

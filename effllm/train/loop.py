@@ -220,7 +220,7 @@ class Loop:
     def _update(self, sums: np.ndarray, norm: float) -> None:
         if not np.isfinite(sums).all() or not math.isfinite(norm):
             what = "loss" if not np.isfinite(sums).all() else "gradient"
-            raise TrainingStopped(f"the {what} is not finite in step {self.step + 1}; lower --learning-rate or --clip")
+            raise TrainingStopped(f"the {what} is not finite in step {self.step + 1}")
         self.optimizer.step()
 
 

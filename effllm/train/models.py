@@ -15,6 +15,7 @@ from effllm.folder import ModelFolder, find, open_folder
 from effllm.hf import quiet, takes_attention
 from effllm.train.attention import NAME, register, sequence_index
 from effllm.train.objectives import check_objective, position_offset
+from effllm.variant import check_whole
 
 SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
 """Size -> (layers, width), after Turc et al. 2019, table 1; heads of 64."""
@@ -98,6 +99,7 @@ def _from_folder(folder: ModelFolder, auto: Any, vocabulary: Vocabulary) -> Any:
     try:
         if folder.has_weights:
             open_folder(folder.path)
+            check_whole(folder.path)
             return auto.from_pretrained(
                 folder.path,
                 attn_implementation=NAME,

@@ -20,9 +20,10 @@ from effllm.folder import tokenizer_files
 from effllm.rows import Row
 from effllm.settings import to_json
 from effllm.train.attention import implementation, sequence_index
-from effllm.train.branch import Trunk
+from effllm.train.branch import Trunk, origin
 from effllm.train.checkpoint import Progress
 from effllm.train.devices import describe
+from effllm.train.lock import holding, take
 from effllm.train.loop import MicroBatch, StepRecord, to_tensors
 from effllm.train.models import build_model
 from effllm.train.objectives import MaskedLanguageModel
@@ -106,11 +107,14 @@ def pretrain(
     for beginning in (trunk.checkpoint.path if trunk else None, Path(settings.model)):
         if beginning and beginning.exists() and beginning.resolve().is_relative_to(target.resolve()):
             raise SettingError(f"the run starts from {beginning}, which lies in --out {target}; choose another --out")
+    lock = take(target)
     accelerator = make_accelerator(settings)
     if accelerator.is_main_process:
         check_whole(folder)
     identity = {"verb": "pretrain", "data": store.fingerprint, **settings.deciding()}
     start = None
+    if resume and not trunk:
+        identity |= origin(target)
     if trunk:
         identity["branch"] = weights_digest(trunk.checkpoint.path)
         start = trunk.checkpoint, Progress(trunk.progress.step, trunk.progress.elapsed_s, None, None, None)
@@ -119,7 +123,9 @@ def pretrain(
                 f"{trunk.checkpoint.path} was not trained on {folder}; a branch keeps the data of its run"
             )
     model = build_model(settings.model, vocabulary, settings.max_length, settings.objective, settings.seed)
-    checkpoint = open_run(target, identity, accelerator, resume=resume, force=force) or start
+    checkpoint = open_run(target, identity, accelerator, resume=resume, force=force)
+    before = checkpoint[0].manifest["steps"][:-1] if checkpoint else trunk.checkpoint.manifest["steps"] if trunk else []
+    checkpoint = checkpoint or start
     if checkpoint:
         model = build_model(str(checkpoint[0].path), vocabulary, settings.max_length, settings.objective, settings.seed)
     step = {"verb": "pretrain", "settings": to_json(settings), "attention": implementation()}
@@ -134,11 +140,11 @@ def pretrain(
         manifest={
             "task": "fill-mask",
             "parent": {"name": settings.model, "data": store.fingerprint},
-            "steps": [*(trunk.checkpoint.manifest["steps"] if trunk else []), step],
+            "steps": [*before, step],
             "max_length": settings.max_length,
         },
     )
-    return train(run, accelerator, checkpoint)
+    return holding(lock, train(run, accelerator, checkpoint))
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class Run:
 
     `companions` are the files, by their names in it, that go into every checkpoint beside config and weights. `module`
     returns sums of losses and names them in `components`; its `model` is what is saved. `patience` ends the run after
-    that many evaluations without a better score; 0 = never. Without `checkpoints` nothing but the log is written.
+    that many evaluations without a better score; 0 = never. Without `checkpoints` nothing but the log is written; with
+    `save_evaluated` there is one of each evaluation, not of the better ones alone.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Run:
     manifest: Mapping[str, Any]
     patience: int = 0
     checkpoints: bool = True
+    save_evaluated: bool = False
 
 
 def make_accelerator(settings: LoopSettings) -> Accelerator:
@@ -125,7 +127,8 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
         keeper.progress, keeper.worse = checkpoint[1], checkpoint[1].worse
     runlog = None
     if accelerator.is_main_process:
-        runlog = RunLog(run.folder, run.module, resumed_at=loop.step, precision=s.precision)
+        processes = accelerator.num_processes
+        runlog = RunLog(run.folder, run.module, resumed_at=loop.step, precision=s.precision, processes=processes)
     try:
         for record in loop.run() if not keeper.out_of_patience else ():
             if runlog and (record.step % s.log_every == 0 or record.progress >= 1):
@@ -135,7 +138,8 @@ def train(run: Run, accelerator: Accelerator, checkpoint: tuple[Variant, Progres
             if stop:
                 break
     except TrainingStopped as error:
-        raise TrainingStopped(f"{error}; {keeper.last_good()}") from None
+        hint = f"lower --learning-rate or --clip; {keeper.last_good()}" if run.checkpoints else "lower learning_rate"
+        raise TrainingStopped(f"{error}; {hint}") from None
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise SettingError(_out_of_memory(run, error, keeper)) from None
     except RuntimeError as error:
@@ -153,7 +157,8 @@ def _out_of_memory(run: Run, error: BaseException, keeper: _Keeper) -> str:
     smaller = f"double --accumulate (now {settings.accumulate})"
     if isinstance(settings, FinetuneSettings):
         if not run.checkpoints:  # a method of a compression
-            return f"{what}; give the method pass_tokens={max(1, settings.pass_tokens // 2)}: {same}"
+            half = max(1, settings.pass_tokens // 2)
+            return f"{what}; give the method pass_tokens={half}: half as much is in memory at a time"
         smaller = f"halve --pass-tokens (now {settings.pass_tokens})"
     return f"{what}; go on with --resume and {smaller}: {same}; {keeper.last_good()}"
 
@@ -183,9 +188,9 @@ class _Keeper:
         """Do what is due after a step; return whether the run should end early."""
         s = self.run.settings
         end = record.progress >= 1
-        saves = end or (s.save_every and record.step % s.save_every == 0)
         every = self.run.eval_every or s.save_every
         evaluates = end or (every and record.step % every == 0)
+        saves = end or (s.save_every and record.step % s.save_every == 0) or (evaluates and self.run.save_evaluated)
         better = False
         evaluation = None
         if evaluates:

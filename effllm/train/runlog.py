@@ -31,12 +31,14 @@ PAGE = "report.html"
 class RunLog:
     """Writes a run's log. On a resumed run the lines after the checkpoint's step are dropped: they will come again."""
 
-    def __init__(self, run: Path, module: Any, *, resumed_at: int, precision: str) -> None:
+    def __init__(self, run: Path, module: Any, *, resumed_at: int, precision: str, processes: int = 1) -> None:
         self._file = run / LOG
         self._cost = flops.FlopCount.of(module.model)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         device = next(module.parameters()).device
-        self._peak, source = flops.peak_flops(device, dtype)
+        peak, source = flops.peak_flops(device, dtype)
+        self._peak = processes * peak  # a step's tokens are those of all processes
+        source = source if processes == 1 else f"{processes} × {source}"
         self._board = _tensorboard(run, resumed_at)
         _drop_after(self._file, resumed_at)
         with writing(self._file):

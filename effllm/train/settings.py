@@ -9,7 +9,7 @@ from effllm.errors import SettingError
 from effllm.settings import to_json
 from effllm.train.schedules import check_schedule
 
-FREE = frozenset({"accumulate", "pass_tokens", "log_every", "save_every", "keep", "workers", "eval_limit", "average"})
+FREE = frozenset({"accumulate", "pass_tokens", "log_every", "save_every", "keep", "workers", "average"})
 """Settings that do not decide a run's numbers, `accumulate` and `pass_tokens` up to rounding; a resumed run may change
 them."""
 
@@ -53,7 +53,7 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         at_least = {"batch_size": 1, "accumulate": 1, "log_every": 1, "keep": 1, "steps": 0, "save_every": 0}
-        for name, least in {**at_least, "seconds": 0, "workers": 0, "clip": 0, "weight_decay": 0}.items():
+        for name, least in {**at_least, "seconds": 0, "workers": 0, "clip": 0, "weight_decay": 0, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise SettingError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         if self.steps and self.seconds:
@@ -152,6 +152,8 @@ class FinetuneSettings(LoopSettings):
             raise SettingError(f"--max-length must be at least 8, got {self.max_length}")
         if not (self.dropout == -1 or 0 <= self.dropout < 1):
             raise SettingError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.average == 1:
+            raise SettingError("--average takes the mean of at least 2 checkpoints, got 1")
         if self.compile and self.distil_hidden:
             raise SettingError("--distil-hidden cannot be compiled; leave out --compile or --distil-hidden")
         if not any(getattr(self, name) for name in TEACHING):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from effllm.errors import SettingError
+from effllm.errors import SettingError, Unsupported
 
 
 def sharding() -> FullyShardedDataParallelPlugin | None:
@@ -49,9 +49,12 @@ def check_sharded(accelerator: Accelerator) -> None:
 def name_layers(accelerator: Accelerator, module: nn.Module) -> None:
     """Make each layer of the model a unit of sharding, unless the config names other classes.
 
-    The rest is one unit, embeddings among it, since a masked-LM's head shares their table.
+    The rest is one unit, embeddings among it, since a masked-LM's head shares their table. Raises Unsupported for a
+    pruned model, whose file is not made from whole weights.
     """
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin and getattr(getattr(module, "model", None), "hf_quantizer", None) is not None:
+        raise Unsupported("a pruned model is not sharded (FSDP); launch it with torchrun, which copies it")
     if plugin and plugin.transformer_cls_names_to_wrap is None:
         lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for outer in lists for layer in outer})

@@ -18,7 +18,8 @@ def check_teacher(teacher: ModelFolder, student: ModelFolder, task: Task, head: 
         what = ("any number of labels", "one") if several else ("one label", "any number")
         raise SettingError(f"the teacher {teacher.path} gives a text {what[0]}, here it is given {what[1]}")
     labels = tuple(teacher.labels) if head.labels else ()
-    if labels != tuple(head.labels):
+    scores = len(labels) == len(head.labels) == 1  # one output is a score, whatever it is called
+    if labels != tuple(head.labels) and not scores:
         raise SettingError(
             f"the teacher's labels ({', '.join(labels)}) are not those to learn ({', '.join(head.labels)}), in order; "
             f"the teacher is {teacher.path}"

@@ -46,6 +46,9 @@ def test_agreement_is_the_share_of_the_labels_that_both_give() -> None:
     assert TASK.agreements(first, first) == [1]
     assert TASK.agreements(first, none) == [0]
     assert TASK.agreements(none, none) == [1]
+    fewer = TASK.decode(Example("x"), [], [{"logits": logits - 9}], HEAD)
+    assert fewer["labels"] == none["labels"] == []
+    assert TASK.agreements(none, fewer) == [pytest.approx(1 - (1 / (1 + np.exp(4.0)) - 1 / (1 + np.exp(7.0))))]
 
 
 def test_a_teacher_is_matched_in_the_probability_of_each_label(model: Path, tmp_path: Path) -> None:

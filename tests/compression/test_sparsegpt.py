@@ -89,3 +89,8 @@ def test_the_whole_layer_has_the_sparsity_whatever_the_blocks():
 def test_refuses(spec, reason):
     with pytest.raises(SettingError, match=reason):
         parse_method(f"sparsegpt:{spec}")
+
+
+def test_groups_that_an_earlier_method_broke_are_an_error() -> None:
+    with pytest.raises(SettingError, match="2:4 needs columns in groups of 4; a layer has 6 by now"):
+        Pattern("2:4").keep_one(torch.rand(4, 6), 0.5)

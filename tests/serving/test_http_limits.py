@@ -180,7 +180,8 @@ def test_each_refusal_has_its_status_in_every_api(models, client, refusal, statu
         message = in_form(api, answer)
         assert str(refusal) in message
         if isinstance(refusal, refusals.BadInput):
-            assert message.startswith(f"inputs.{refusal.index}: ")
+            name = "input" if path == "/v1/embeddings" else "texts" if path == "/rerank" else "inputs"
+            assert message.startswith(f"{name}.{refusal.index}: ")
         if status == 429:
             assert answer.headers["retry-after"] == "1"
     assert client.post("/embed", GOOD["/embed"]).json()["error_type"] == kind

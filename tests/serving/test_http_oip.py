@@ -116,6 +116,13 @@ def test_a_wrong_tensor_is_refused_by_name(client: Client, change, status, says)
     assert says in answer.json()["error"]
 
 
+def test_texts_without_their_pairs_are_refused(client: Client) -> None:
+    none = {"name": "text_pair", "datatype": "BYTES", "shape": [0], "data": []}
+    answer = client.post("/v2/models/squad/infer", {"inputs": [tensor("text", "who?"), none]})
+    assert answer.status_code == 400
+    assert "must hold as many texts" in answer.json()["error"]
+
+
 def test_outputs_are_chosen_by_name(client: Client) -> None:
     body = {"inputs": [tensor("text", "a")], "outputs": [{"name": "labels"}]}
     assert [one["name"] for one in client.post("/v2/models/films/infer", body).json()["outputs"]] == ["labels"]

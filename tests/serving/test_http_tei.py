@@ -12,7 +12,7 @@ from fakes import LABELS, SIZE, FakeModel, FakeModels, every_task, numbers
 from effllm.serving.answers import fillings
 from effllm.serving.app import create_app
 from effllm.serving.refusals import BadInput
-from effllm.serving.served import POOLED, TOKEN_STATES
+from effllm.serving.served import POOLED, TOKEN_STATES, TokenPiece
 from effllm.serving.settings import ServeSettings
 
 
@@ -197,6 +197,14 @@ def test_tokenize_gives_places_of_the_text_and_can_leave_special_tokens_out(clie
     assert tokens[2] == {"id": 6, "text": "cat", "special": False, "start": 2, "stop": 5}
     plain = client.post("/tokenize", {"inputs": ["a cat"], "add_special_tokens": False}).json()[0]
     assert plain == tokens[1:3]
+
+
+def test_a_token_is_told_as_its_part_of_the_text(models: FakeModels, client: Client) -> None:
+    async def tokenise(texts: list[str]) -> list[list[TokenPiece]]:
+        return [[TokenPiece(5, "em", False, 0, 2), TokenPiece(6, "##bed", False, 2, 5)]]
+
+    models.models["minilm"].tokenise = tokenise
+    assert [token["text"] for token in client.post("/tokenize", {"inputs": "EMbed"}).json()[0]] == ["EM", "bed"]
 
 
 def test_a_model_is_named_by_the_path_by_the_body_or_is_the_first_that_fits(models, client) -> None:

@@ -59,6 +59,11 @@ def test_the_mean_of_the_last_checkpoints_is_published_where_it_is_best(base, tm
     assert "the mean of the weights of step-00000004, step-00000006, step-00000008" in variant.manifest["notes"][0]
 
 
+def test_every_evaluation_is_a_checkpoint_to_average(base, tmp_path, monkeypatch) -> None:
+    (mean,) = tune(base, tmp_path / "out", monkeypatch, [0.7, 0.6, 0.5, 0.6, 0.8], save_every=500)
+    assert mean["folders"] == ["step-00000004", "step-00000006", "step-00000008"]
+
+
 def test_a_mean_that_is_no_better_leaves_the_best_checkpoint(base, tmp_path, monkeypatch) -> None:
     (mean,) = tune(base, tmp_path / "out", monkeypatch, [0.5, 0.8, 0.6, 0.6, 0.8])
     published = load_file(tmp_path / "out" / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,27 @@ def test_a_branch_from_the_command_line_keeps_the_settings_of_its_run(
     assert trace(tmp_path / "out")[7] == trace(stable)[7]
     settings_of_run = effllm.Variant.open(tmp_path / "out" / "last").manifest["steps"]
     assert [step["settings"]["schedule"] for step in settings_of_run] == ["wsd", "wsd"]
+
+
+def test_a_branch_goes_on_whatever_became_of_its_trunk(
+    tokens: Path, stable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, out = tmp_path / "stable", tmp_path / "out"
+    shutil.copytree(stable, copy, symlinks=True)
+    checkpoint = copy / "checkpoints" / "step-00000004"
+    trunk = Trunk.open(checkpoint)
+    whole = list(pretrain(tokens, tmp_path / "whole", trunk.decaying(4, {"save_every": 2}), trunk=trunk))
+    steps = pretrain(tokens, out, trunk.decaying(4, {"save_every": 2}), trunk=trunk)
+    for record in steps:
+        if record.step == 7:
+            break
+    steps.close()
+    shutil.rmtree(checkpoint)
+    command = ["pretrain", str(tokens), "--out", str(out), "--branch", str(checkpoint), "--resume", "--steps"]
+    assert main([*command, "5"]) == 2
+    assert "was begun with --steps 4, now it is 5" in capsys.readouterr().err
+    assert main([*command, "4"]) == 0
+    assert trace(out) == trace(tmp_path / "whole")
+    assert len(whole) == 4
+    assert_same_run(tmp_path / "whole", out)
+    assert [step["verb"] for step in effllm.Variant.open(out / "last").manifest["steps"]] == ["pretrain", "pretrain"]

@@ -238,6 +238,27 @@ def test_a_teacher_with_another_tokenizer_is_refused(base: Path, tmp_path: Path)
         run(base, tmp_path / "out", "text-classification", file, teacher=tmp_path / "teacher")
 
 
+def test_a_teacher_that_takes_less_is_refused_and_a_score_has_any_name(base: Path, tmp_path: Path) -> None:
+    scored = [{"text": record["text"], "label": 0.1 * index} for index, record in enumerate(classified())]
+    file = write_jsonl(tmp_path / "data.jsonl", scored)
+    run(base, tmp_path / "teacher", "text-classification", file)
+    (tmp_path / "teacher" / MANIFEST).unlink()
+    config = tmp_path / "teacher" / "config.json"
+    named = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    run(base, tmp_path / "out", "text-classification", file, teacher=tmp_path / "teacher")
+    tokenizer = tmp_path / "teacher" / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"model_max_length": 9}))
+    with pytest.raises(SettingError, match="takes 9 tokens, the model"):
+        run(base, tmp_path / "other", "text-classification", file, teacher=tmp_path / "teacher")
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", -1), ("average", 1)])
+def test_numbers_that_cannot_be_are_refused(name: str, value: int) -> None:
+    with pytest.raises(SettingError, match=f"--{name} "):
+        FinetuneSettings(**{name: value})
+
+
 def test_a_teacher_with_other_labels_is_refused(base: Path, tmp_path: Path, classifier: Path) -> None:
     file = write_jsonl(tmp_path / "data.jsonl", classified())
     with pytest.raises(SettingError, match="teacher's labels"):

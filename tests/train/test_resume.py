@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -283,3 +285,36 @@ def test_damaged_checkpoints_make_room_for_the_steps_that_come_again(tokens: Pat
         (folder / name / MANIFEST).unlink()
     stop(pretrain(tokens, tmp_path / "run", settings(steps=9, keep=3), resume=True), 4)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000006"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from effllm.train.lock import take
+lock = take(Path(sys.argv[1]))
+print("held", flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_a_folder_that_another_process_trains_into_is_left_alone(
+    verb: str, tokens: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    work = out if verb == "pretrain" else finetune.work_folder(out)
+
+    def start() -> None:
+        pretraining = verb == "pretrain"
+        list(pretrain(tokens, out, settings(steps=1), force=True) if pretraining else tune(base, out, data, force=True))
+
+    start()
+    command = [sys.executable, "-c", HOLD, str(work)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SettingError, match="another process is training into"):
+            start()
+        assert sorted(tmp_path.rglob("*")) == before
+        other.kill()
+    start()

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from effllm.errors import ArtifactError
 from effllm.report.training import run_page
 from effllm.train.flops import FlopCount
+from effllm.train.loop import StepRecord
 from effllm.train.pretrain import pretrain
 from effllm.train.runlog import RunLog, read_log
 
@@ -105,6 +106,24 @@ def test_utilisation_is_that_of_the_precision_of_the_run(tmp_path: Path, precisi
     module.model = transformers.BertModel(transformers.BertConfig(vocab_size=10, hidden_size=12, num_hidden_layers=1))
     RunLog(tmp_path, module, resumed_at=0, precision=precision).close()
     assert read_log(tmp_path)[0]["start"]["peak"].startswith(f"{dtype} matrix product")
+
+
+def test_utilisation_is_over_the_peak_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effllm.train.flops.peak_flops", lambda *_: (1e9, "a data sheet"))
+    module = torch.nn.Module()
+    module.model = transformers.BertModel(transformers.BertConfig(vocab_size=10, hidden_size=12, num_hidden_layers=1))
+    record = StepRecord(1, {"mlm": 1.0}, 1e-3, 1.0, 64, 8, 2, 0.5, 0.0, 0.5, 1.0)
+    found = []
+    for processes in (1, 4):
+        run = tmp_path / str(processes)
+        run.mkdir()
+        log = RunLog(run, module, resumed_at=0, precision="fp32", processes=processes)
+        log.write(record)
+        log.close()
+        start, line = read_log(run)
+        found.append((start["start"]["peak"], line["mfu"]))
+    assert found[1][0] == "4 × a data sheet"
+    assert found[1][1] == pytest.approx(found[0][1] / 4, abs=1e-4)
 
 
 def test_a_full_disk_at_the_end_of_a_log_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
