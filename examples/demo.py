@@ -31,7 +31,7 @@ def main() -> None:
         shutil.copytree(minilm(), model)
     small, rows, page = str(OUT / "minilm-int8"), str(OUT / "rows.jsonl"), str(OUT / "report.html")
     run("compress", str(model), "--method", "int8", "--out", small, "--force")
-    run("bench", str(model), small, "--rounds", "5", "--tokens", "16,64", "--json", rows, "--html", page)
+    run("bench", str(model), small, "--rounds", "6", "--tokens", "16,64", "--json", rows, "--html", page)
     run("predict", small, "--pair", "How do I reset my password?", "I forgot my login credentials.")
     print(f"""
 The model is in {small}; the report, with plots, in {page}.
