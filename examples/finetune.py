@@ -5,7 +5,7 @@
 FILE are .jsonl or .csv with the columns `text` and `label`. Without any, a toy set of 90 command-like sentences made
 here is learnt from the packaged all-MiniLM-L6-v2 (extra `demo`).
 
-Time: about two minutes on two cores for the toy set. What to expect: accuracy 1.0 on the toy set, dense and int8; on
+Time: about half a minute on two cores for the toy set. What to expect: accuracy 1.0 on the toy set, dense and int8; on
 SST-2 with its 67,349 training phrases about 0.89 after one epoch.
 """
 
