@@ -5,9 +5,9 @@
 TEXT are files whose documents are separated by empty lines, .jsonl with a column `text`, plain or .gz/.xz. Without any,
 English prose that ships with Python is used (465 kB): enough to see every step work, too little to learn much.
 
-Time: the given minutes and a few seconds. What to expect on two cores with AVX512 and bfloat16 products: from Python's own
-prose in 3 minutes a loss on held-out text near 3.4 nats, 44 % of the masked words right, and words of that prose in the
-gap; slower cores get less far. Chinese takes a byte-level BPE, English a WordPiece vocabulary.
+Time: the given minutes and a few seconds. What to expect on two cores with AVX512 and bfloat16 products: from Python's
+own prose in 3 minutes a loss on held-out text near 3.4 nats, 44 % of the masked words right, and words of that prose in
+the gap; slower cores get less far. Chinese takes a byte-level BPE, English a WordPiece vocabulary.
 """
 
 from __future__ import annotations
