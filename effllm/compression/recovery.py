@@ -18,7 +18,6 @@ from effllm.runtime.pooling import read_pooling
 from effllm.train.recover import Lesson, retrain
 from effllm.train.settings import FinetuneSettings
 from effllm.train.teacher import check_shapes, check_teacher
-from effllm.variant import check_whole
 
 if TYPE_CHECKING:
     from effllm.exporters.source import Source
@@ -74,12 +73,7 @@ def open_teacher(source: Source, teacher: str | Path, methods: Sequence[Method])
     if not training:
         raise SettingError("--teacher needs a method that trains, such as distil; auto always learns from MODEL")
     folder = open_folder(teacher)
-    check_whole(folder.path)
-    check_teacher(folder, source.folder, source.task, source.head)
-    if folder.max_length < source.folder.max_length:
-        raise SettingError(
-            f"the teacher {folder.path} takes {folder.max_length} tokens, the model {source.folder.max_length}"
-        )
+    check_teacher(folder, source.folder, source.task, source.head, source.folder.max_length)
     read_pooling(folder.path)
     config = load_trained(folder, source.task.auto_class).config
     for method in training:

@@ -14,11 +14,10 @@ from effllm.serving.admission import Admission, call_of, error_reply
 from effllm.serving.exchange import Call, Message, Receive, Reply, Send
 from effllm.serving.forms import ClientGone, HttpError, of_refusal
 from effllm.serving.refusals import NotReady, Refused
+from effllm.serving.unread import PART
 
 CALL = "effllm.call"
 """Where the scope keeps the `Call`."""
-PART = 65536
-"""The bytes of an answer that are sent at once."""
 
 App = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from effllm.serving.refusals import QueueFull
 
-SMALL = 65536
-"""Bytes of an answer that goes out whatever is held: what one write takes, and the number of connections bounds."""
+PART = 65536
+"""The bytes of an answer that are sent at once; one of no more goes out whatever is held."""
 RETRY_S = 1.0
 
 
@@ -25,7 +25,7 @@ class Unread:
 
         Raises QueueFull where others that are held leave it no room; one that is alone may be larger than that.
         """
-        if size <= SMALL:
+        if size <= PART:
             yield
             return
         if self.held and self.held + size > self._most:

@@ -181,8 +181,9 @@ def _prepare(
     goal: Supervision, settings: FinetuneSettings, accelerator: Accelerator, teacher: str | Path | None
 ) -> _Prepared:
     """Load the teacher and tokenise the examples, once for all seeds."""
-    taught, pooled = _teacher(teacher, goal, settings, accelerator) if teacher else (None, "")
     tokenizer = _tokenizer(goal.folder, settings)
+    length = tokenizer.max_length
+    taught, pooled = _teacher(teacher, goal, settings, accelerator, length) if teacher else (None, "")
     items = make_items(goal.train, goal.task, tokenizer, goal.head)
     identity = {
         "verb": "finetune",
@@ -254,7 +255,7 @@ def _tokenizer(folder: ModelFolder, settings: FinetuneSettings) -> TextTokenizer
 
 
 def _teacher(
-    teacher: str | Path, goal: Supervision, settings: FinetuneSettings, accelerator: Accelerator
+    teacher: str | Path, goal: Supervision, settings: FinetuneSettings, accelerator: Accelerator, length: int
 ) -> tuple[Any, str]:
     """Return the teacher, all of whose weights come from its folder, and how it pools.
 
@@ -263,11 +264,7 @@ def _teacher(
     config.
     """
     folder = open_folder(teacher)
-    check_whole(folder.path)
-    longest = _tokenizer(goal.folder, settings).max_length
-    if folder.max_length < longest:
-        raise SettingError(f"the teacher {folder.path} takes {folder.max_length} tokens, the model {longest}")
-    check_teacher(folder, goal.folder, goal.task, goal.head)
+    check_teacher(folder, goal.folder, goal.task, goal.head, length)
     register()
     taught = load_trained(folder, goal.task.auto_class, attention=CAPTURING)
     logits, attention = settings.distil_logits > 0, settings.distil_attention > 0

@@ -9,10 +9,15 @@ from effllm.folder import ModelFolder
 from effllm.runtime.tokenizer import TextTokenizer
 from effllm.tasks import Head, Task
 from effllm.tasks.text_classification import MULTI_LABEL, gives_each_label
+from effllm.variant import check_whole
 
 
-def check_teacher(teacher: ModelFolder, student: ModelFolder, task: Task, head: Head) -> None:
-    """Raise SettingError unless a teacher has the tokens of a student and gives the labels of its `head`."""
+def check_teacher(teacher: ModelFolder, student: ModelFolder, task: Task, head: Head, length: int) -> None:
+    """Raise SettingError unless a teacher has the student's tokens, takes `length` of them and gives `head`'s labels.
+
+    Raises ArtifactError where effllm wrote its folder and that is damaged.
+    """
+    check_whole(teacher.path)
     several = teacher.config.get("problem_type") == MULTI_LABEL
     if task.name == "text-classification" and several != gives_each_label(task, head):
         what = ("any number of labels", "one") if several else ("one label", "any number")
@@ -26,6 +31,8 @@ def check_teacher(teacher: ModelFolder, student: ModelFolder, task: Task, head: 
         )
     if TextTokenizer.open(teacher).vocabulary() != TextTokenizer.open(student).vocabulary():
         raise SettingError(f"the teacher {teacher.path} has another tokenizer than {student.path}")
+    if teacher.max_length < length:
+        raise SettingError(f"the teacher {teacher.path} takes {teacher.max_length} tokens, the model {length}")
 
 
 def check_shapes(teacher: Any, width: int, task: Task, *, logits: bool, attention: bool) -> None:
