@@ -152,7 +152,7 @@ def _examples(first: Entrant, settings: BenchSettings) -> tuple[list[Example], s
 def _is_labelled(data: Path, task: Task, columns: Mapping[str, str]) -> bool:
     """Return whether a file has the task's reference answers, by the columns of its first record."""
     first: Mapping[str, object] = next((record for _, record in read_records(data, columns)), {})
-    return not task.reference or task.reference in first
+    return not task.references or any(name in first for name in task.references)
 
 
 def _quality(

@@ -13,6 +13,7 @@ from effllm.train.settings import FinetuneSettings
     epilog="""\b
 Examples:
   effllm finetune MODEL --task text-classification --train train.jsonl --dev dev.jsonl --out sst2
+  effllm finetune MODEL --task text-classification --train topics.csv --columns labels=topics --out topics
   effllm finetune MODEL --task token-classification --train train.jsonl --dev dev.jsonl --out ner --epochs 5
   effllm finetune MODEL --task sentence-similarity --train pairs.tsv --columns text=a,text_pair=b --out sts
   effllm finetune small --task text-classification --train train.jsonl --dev dev.jsonl --teacher sst2 --out small-sst2

@@ -16,7 +16,6 @@ from effllm.data.split import digest, distinct, sample, without
 from effllm.errors import SettingError, Unsupported
 from effllm.exporters.source import Source
 from effllm.tasks import Example
-from effllm.tasks.text_classification import gives_each_label
 from effllm.train.losses import LOSSES
 
 CALIBRATION = 500
@@ -149,10 +148,6 @@ def _training(source: Source, methods: Sequence[Method], given: Given, gate: Seq
         return Part([], "")
     file = Path(given.train)
     taught = [method for method in hungry if getattr(method, "label_weight", 0) > 0]
-    if taught and gives_each_label(source.task, source.head):
-        raise Unsupported(
-            f"--method {taught[0].name}: label_weight is for models that give a text one label; this one gives several"
-        )
     if taught and source.task.name not in LOSSES:
         raise Unsupported(
             f"--method {taught[0].name}: label_weight is for {', '.join(LOSSES)}, not for {source.task.name}"

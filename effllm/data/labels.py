@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 from effllm.data.readers import read_records
 from effllm.errors import SettingError
 from effllm.tasks import Task
+from effllm.tasks.multi_label import label_names
 from effllm.tasks.task import number_column
 
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
@@ -23,17 +26,20 @@ REGRESSION = "score"
 class Labels:
     """The names of a head's outputs in their order, and the lowest and highest score of the data.
 
-    One name means a regression; none, a task whose answers are no labels.
+    One name means a regression; none, a task whose answers are no labels. With `several`, a text has any number of
+    them.
     """
 
     labels: tuple[str, ...] = ()
     score_range: tuple[float, float] = (0.0, 1.0)
+    several: bool = False
 
 
 def read_labels(path: Path, task: Task, columns: Mapping[str, str] | None = None) -> Labels:
     """Read the labels of a training file, sorted by name, whole numbers by value.
 
-    Text classification whose labels are written as floats is a regression. Raises SettingError for a missing or empty
+    Text classification whose labels are written as floats is a regression, and one with a column `labels` instead gives
+    a text several. Raises SettingError for a missing or empty
     label, for data with one label only or with one score only, and for numbers mixed with names.
     """
     read = READERS.get(task.name)
@@ -44,6 +50,31 @@ Records = Iterator[tuple[int, dict[str, Any]]]
 
 
 def _classes(path: Path, records: Records) -> Labels:
+    first = next(records)
+    records = itertools.chain([first], records)
+    return _label_sets(path, records) if _is_label_set(first[1]) else _single_labels(path, records)
+
+
+def _is_label_set(record: Mapping[str, Any]) -> bool:
+    """Return whether a record has column `labels`, of any number of labels, instead of `label`."""
+    return record.get("label") is None and record.get("labels") is not None
+
+
+def _label_sets(path: Path, records: Records) -> Labels:
+    lines: dict[str, int] = {}
+    for number, record in records:
+        if record.get("labels") is None:
+            raise SettingError(f"{path}:{number}: no column 'labels' (columns: {', '.join(map(str, record))})")
+        try:
+            names = label_names(record["labels"])
+        except SettingError as error:
+            raise SettingError(f"{path}:{number}: {error}") from None
+        for name in names:
+            lines.setdefault(name, number)
+    return dataclasses.replace(_names(path, lines), several=True)
+
+
+def _single_labels(path: Path, records: Records) -> Labels:
     lines: dict[str, int] = {}
     for number, record in records:
         value = record.get("label")

@@ -130,7 +130,7 @@ class QuestionAnswering(Task):
     architectures = ("ForQuestionAnswering",)
     outputs = ("start_logits", "end_logits")
     columns = {"question": "the question", "context": "the passage", "answers": "reference answers with their `text`"}
-    reference = "answers"
+    references = ("answers",)
     metric = "f1"
 
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:

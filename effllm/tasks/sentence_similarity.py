@@ -27,7 +27,7 @@ class SentenceSimilarity(Task):
     any_model = True
     outputs = ("last_hidden_state",)
     columns = {"text": "one sentence", "text_pair": "the other sentence", "score": "how similar they are (any scale)"}
-    reference = "score"
+    references = ("score",)
     metric = "spearman"
 
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:

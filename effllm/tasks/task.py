@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from effllm.errors import SettingError
+from effllm.errors import SettingError, unknown_name
 
 if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
@@ -74,8 +74,8 @@ class Task(ABC):
     """The most padded tokens in one batch of an evaluation; bounds the memory of the outputs."""
     columns: ClassVar[Mapping[str, str]]
     """Column name -> what it holds; those of the reference answer are optional when none is needed."""
-    reference: ClassVar[str] = ""
-    """The column of the reference answer. Empty where there is none, or the text is its own."""
+    references: ClassVar[tuple[str, ...]] = ()
+    """The columns that a reference answer can stand in. Empty where there is none, or the text is its own."""
     metric: ClassVar[str] = ""
     """The name of the quality metric. Empty when the task has none."""
     lower_is_better: ClassVar[bool] = False
@@ -144,6 +144,19 @@ def number_column(record: Mapping[str, Any], name: str) -> float:
     if not math.isfinite(number):
         raise SettingError(f"column {name!r} must be a number, got {value!r}")
     return number
+
+
+def label_index(value: Any, labels: Sequence[str]) -> int:
+    """Return the index of a label given by name, or by number where the names are no numbers themselves.
+
+    Raises SettingError when the model has no such label.
+    """
+    text = str(value)
+    if text in labels:
+        return labels.index(text)
+    if text.isdecimal() and int(text) < len(labels) and not any(label.isdecimal() for label in labels):
+        return int(text)
+    raise unknown_name("label", text, labels)
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Text classification: one label per text or per pair of texts; a single-output head is a regression or a reranker."""
+"""Text classification of single texts or pairs: one label each, or several; one output is a score."""
 
 from __future__ import annotations
 
@@ -7,28 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from effllm.errors import SettingError, unknown_name
-from effllm.tasks.task import Example, Head, Outputs, Task, number_column, pearson, softmax, spearman, text_column
+from effllm.errors import SettingError
+from effllm.tasks import multi_label
+from effllm.tasks.task import (
+    Example,
+    Head,
+    Outputs,
+    Task,
+    label_index,
+    number_column,
+    pearson,
+    softmax,
+    spearman,
+    text_column,
+)
 
 if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
-
-
-MULTI_LABEL = "multi_label_classification"
-"""What transformers calls the problem of heads with several labels per text."""
-
-
-def label_index(value: Any, labels: Sequence[str]) -> int:
-    """Return the index of a label given by name, or by number where the names are no numbers themselves.
-
-    Raises SettingError when the model has no such label.
-    """
-    text = str(value)
-    if text in labels:
-        return labels.index(text)
-    if text.isdecimal() and int(text) < len(labels) and not any(label.isdecimal() for label in labels):
-        return int(text)
-    raise unknown_name("label", text, labels)
 
 
 def confusion(reference: np.ndarray, predicted: np.ndarray, labels: int) -> np.ndarray:
@@ -53,14 +48,15 @@ def matthews(counts: np.ndarray) -> float:
 
 def gives_each_label(task: Task, head: Head) -> bool:
     """Return whether a head gives every label a probability of its own, so that a text can have several or none."""
-    return isinstance(task, TextClassification) and head.problem_type == MULTI_LABEL
+    return isinstance(task, TextClassification) and head.problem_type == multi_label.MULTI_LABEL
 
 
 class TextClassification(Task):
     """Single texts or pairs.
 
     Metric: accuracy, with macro F1, Matthews' correlation and, for two labels, the F1 of the second beside it. For a
-    head with one output: Spearman's rank correlation, with Pearson's beside it.
+    head with several labels per text: micro F1, with macro F1 and exact match beside it. For a head with one output:
+    Spearman's rank correlation, with Pearson's beside it.
     """
 
     name = "text-classification"
@@ -69,20 +65,31 @@ class TextClassification(Task):
     architectures = ("ForSequenceClassification",)
     outputs = ("logits",)
     per_token = False
-    columns = {"text": "the text", "text_pair": "the second text of a pair (optional)", "label": "the label"}
-    reference = "label"
+    columns = {
+        "text": "the text",
+        "text_pair": "the second text of a pair (optional)",
+        "label": "the label, or a score, written with a point, of a regression",
+        "labels": "instead, where a text has any number of them: a list, or names between | (metric: micro f1)",
+    }
+    references = ("label", "labels")
     metric = "accuracy"
 
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:
-        """Read `text`, an optional `text_pair`, and `label` (a name or number of the model's labels)."""
+        """Read `text`, an optional `text_pair`, and `label` (a name or number of the model's labels) or `labels`."""
         pair = text_column(record, "text_pair") if record.get("text_pair") is not None else None
-        label: float | None = None
-        if gold:
-            if record.get("label") is None:
-                raise SettingError(f"no column 'label' (columns: {', '.join(map(str, record))})")
-            one_output = len(head.labels) == 1
-            label = number_column(record, "label") if one_output else label_index(record["label"], head.labels)
-        return Example(text_column(record, "text"), pair, label)
+        return Example(text_column(record, "text"), pair, self._gold(record, head) if gold else None)
+
+    def _gold(self, record: Mapping[str, Any], head: Head) -> float | tuple[int, ...]:
+        several = gives_each_label(self, head)
+        if several and record.get("labels") is not None:
+            return multi_label.label_set(record["labels"], head.labels)
+        if record.get("label") is None:
+            name = "labels" if several else "label"
+            raise SettingError(f"no column {name!r} (columns: {', '.join(map(str, record))})")
+        if len(head.labels) == 1:
+            return number_column(record, "label")
+        label = label_index(record["label"], head.labels)
+        return (label,) if several else label
 
     def encode(self, tokenizer: TextTokenizer, example: Example) -> list[Encoding]:
         """Encode the text, or the two texts as a pair."""
@@ -109,41 +116,48 @@ class TextClassification(Task):
         return answer | likely | {"logits": logits.tolist()}
 
     def targets(self, example: Example, encodings: Sequence[Encoding], head: Head) -> list[dict[str, Any]]:
-        """Return `labels`: the label's index, or the number for a one-output head."""
-        return [{"labels": example.gold}]
+        """Return `labels`: the label's index, a one-output head's number, or ones and zeros, float32 (labels,)."""
+        several = gives_each_label(self, head)
+        return [{"labels": multi_label.one_hot(example.gold, len(head.labels)) if several else example.gold}]
 
     def agreements(self, first: Any, second: Any) -> list[float]:
         """Return whether the labels are the same; for a one-output head, one minus the difference of the outputs.
 
-        For a head with several labels per text, how many of those that either model gives both give (Jaccard's index);
-        where neither gives one, one minus the largest difference of their probabilities: giving none is no evidence.
+        For a head with several labels per text, see `multi_label.same_labels`.
         """
         if "scores" not in first:
             return [max(0.0, 1.0 - abs(first["score"] - second["score"]))]
         if "labels" in first:
-            either, both = (op(set(first["labels"]), set(second["labels"])) for op in (set.union, set.intersection))
-            if either:
-                return [len(both) / len(either)]
-            return [1.0 - max(abs(score - second["scores"][label]) for label, score in first["scores"].items())]
+            return [multi_label.same_labels(first, second)]
         return [float(first["index"] == second["index"])]
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
-        """Return (correct, 1, predicted, reference, labels of the head); for one output (output, reference, 0)."""
+        """Return (correct, 1, predicted, reference, labels of the head).
+
+        For one output (output, reference, 0); for several labels per text see `multi_label.statistics`.
+        """
         if "scores" not in answer:
             return (answer["score"], float(example.gold), 0.0)
+        if "labels" in answer:
+            return multi_label.statistics(example.gold, answer["logits"])
         predicted, reference = float(answer["index"]), float(example.gold)
         return (float(predicted == reference), 1.0, predicted, reference, float(len(answer["logits"])))
 
     def score(self, statistics: np.ndarray) -> float:
-        """Return the accuracy, or Spearman's rank correlation for a one-output head."""
+        """Return the accuracy or micro F1, or Spearman's rank correlation for a one-output head."""
         if statistics.shape[1] == 3:
             return spearman(statistics[:, 0], statistics[:, 1])
         return super().score(statistics)
 
     def metrics(self, statistics: np.ndarray) -> dict[str, float]:
-        """Return accuracy, macro F1, Matthews' correlation and, for two labels, F1; or the two correlations."""
+        """Return accuracy, macro F1, Matthews' correlation and, for two labels, F1.
+
+        Or the two correlations, or what `multi_label.metrics` returns.
+        """
         if statistics.shape[1] == 3:
             return {"spearman": self.score(statistics), "pearson": pearson(statistics[:, 0], statistics[:, 1])}
+        if statistics.shape[1] > 5:  # two labels have six columns
+            return multi_label.metrics(statistics)
         counts = confusion(statistics[:, 3], statistics[:, 2], int(statistics[0, 4]))
         f1 = f1_per_label(counts)
         found = {"accuracy": self.score(statistics), "macro f1": float(np.nanmean(f1)), "matthews": matthews(counts)}

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effllm.errors import SettingError
-from effllm.tasks.task import IGNORED, Example, Head, Outputs, Task, softmax
-from effllm.tasks.text_classification import label_index
+from effllm.tasks.task import IGNORED, Example, Head, Outputs, Task, label_index, softmax
 
 if TYPE_CHECKING:
     from effllm.runtime.tokenizer import Encoding, TextTokenizer
@@ -50,7 +49,7 @@ class TokenClassification(Task):
     architectures = ("ForTokenClassification",)
     outputs = ("logits",)
     columns = {"tokens": "the words, a list (or a text)", "tags": "one tag per word"}
-    reference = "tags"
+    references = ("tags",)
     metric = "f1"
 
     def parse(self, record: Mapping[str, Any], head: Head, *, gold: bool) -> Example:

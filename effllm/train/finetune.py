@@ -25,6 +25,7 @@ from effllm.runtime.tokenizer import TextTokenizer
 from effllm.runtime.torch import TorchEngine
 from effllm.settings import to_json
 from effllm.tasks import TASKS, Example, Head, Task
+from effllm.tasks.multi_label import MULTI_LABEL
 from effllm.train.averaging import add_average
 from effllm.train.checkpoint import CHECKPOINTS
 from effllm.train.devices import describe
@@ -171,7 +172,8 @@ def _supervision(
     folder = open_folder(model)
     check_whole(folder.path)
     found = read_labels(Path(train), chosen, columns)
-    head = Head(labels=found.labels, pooling=read_pooling(folder.path).mode, score_range=found.score_range)
+    kind = MULTI_LABEL if found.several else None
+    head = Head(found.labels, read_pooling(folder.path).mode, kind, found.score_range)
     examples = read_examples(Path(train), chosen, head, gold=True, columns=columns)
     dev_examples = read_examples(Path(dev), chosen, head, gold=True, columns=columns) if dev is not None else []
     return Supervision(folder, chosen, head, examples, dev_examples, Path(dev).name if dev is not None else "")
@@ -210,8 +212,7 @@ def _run(
     if (folder / RESULT).is_file():
         return
     start = ModelFolder(checkpoint[0].path, goal.folder.config) if checkpoint else goal.folder
-    labels = goal.head.labels
-    model = load_for_task(start, goal.task, labels, dropout=settings.dropout, seed=settings.seed)
+    model = load_for_task(start, goal.task, goal.head, dropout=settings.dropout, seed=settings.seed)
     module = SupervisedModel(model, goal.task, goal.head, settings, prepared.teacher, prepared.teacher_pooling)
     freeze_unreached(module)
     run = Run(

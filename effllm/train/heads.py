@@ -11,27 +11,29 @@ import transformers
 from effllm.errors import ArtifactError, SettingError, Unsupported
 from effllm.folder import ModelFolder, read_json
 from effllm.hf import load_folder
-from effllm.tasks import Task
-from effllm.tasks.text_classification import label_index
+from effllm.tasks import Head, Task
+from effllm.tasks.multi_label import MULTI_LABEL
+from effllm.tasks.task import label_index
+from effllm.tasks.text_classification import gives_each_label
 from effllm.train.distil import CAPTURING, register
 from effllm.train.dropout import rates
 
 FINETUNED = ("text-classification", "token-classification", "question-answering", "sentence-similarity")
 
 
-def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dropout: float, seed: int) -> Any:
+def load_for_task(folder: ModelFolder, task: Task, head: Head, *, dropout: float, seed: int) -> Any:
     """Return the model with the task's head, float32.
 
-    The head is the folder's own as far as it fits: its last layer is put in the order of `labels` where it has the same
-    ones, and drawn by the seed where it has others. `labels` is one name for a regression head, which any head with one
-    output is, and empty for tasks without labels. `dropout` of -1 leaves the config's. Raises
+    The head is the folder's own as far as it fits: its last layer is put in the order of `head.labels` where it has the
+    same ones, and drawn by the seed where it has others. They are one name for a regression head, which any head with
+    one output is, and none for tasks without labels. `dropout` of -1 leaves the config's. Raises
     Unsupported for a task that is not fine-tuned or a model that another tool quantised, ArtifactError when weights of
     the encoder are missing or have other sizes than the config says.
     """
     check_task(task)
     register()
     torch.manual_seed(seed)
-    settings = {**_label_settings(task, labels), **_dropout_settings(folder, dropout)}
+    settings = {**_label_settings(task, head), **_dropout_settings(folder, dropout)}
     model, info = load_folder(folder, task.auto_class, attention=CAPTURING, new_head=True, settings=settings)
     unfit = sorted(key for key, *_ in info["mismatched_keys"] if _is_encoder(key, model))
     if unfit:
@@ -40,9 +42,11 @@ def load_for_task(folder: ModelFolder, task: Task, labels: Sequence[str], *, dro
     if missing:
         raise ArtifactError(f"{folder.path} lacks weights of its encoder, such as {missing[0]}")
     drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    if len(labels) > 1:
+    if len(head.labels) > 1:
         # A checkpoint's labels stand in its own config, where `folder` may still have those that the run began with.
-        _fit_last_layer(model, ModelFolder(folder.path, read_json(folder.path / "config.json")).labels, labels, drawn)
+        _fit_last_layer(
+            model, ModelFolder(folder.path, read_json(folder.path / "config.json")).labels, head.labels, drawn
+        )
     if task.name == "sentence-similarity":  # pooled from the token states; no loss would ever reach the pooler
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("pooler" not in name)
@@ -55,14 +59,15 @@ def check_task(task: Task) -> None:
         raise Unsupported(f"{task.name} is not fine-tuned; the tasks are {', '.join(FINETUNED)}")
 
 
-def _label_settings(task: Task, labels: Sequence[str]) -> dict[str, Any]:
+def _label_settings(task: Task, head: Head) -> dict[str, Any]:
     if task.name not in {"text-classification", "token-classification"}:
         return {}
     settings: dict[str, Any] = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
+        "id2label": dict(enumerate(head.labels)),
+        "label2id": {label: index for index, label in enumerate(head.labels)},
     }
-    kind = "single_label_classification" if len(labels) > 1 else "regression"
+    kind = "single_label_classification" if len(head.labels) > 1 else "regression"
+    kind = MULTI_LABEL if gives_each_label(task, head) else kind
     return settings | ({"problem_type": kind} if task.name == "text-classification" else {})
 
 

@@ -23,11 +23,15 @@ def text_classification(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy in nats of `logits` (n, labels) and `labels` int64 (n,); a term per text or pair.
 
-    For a one-output head, the squared error of `logits` (n, 1) and the numbers in `labels`.
+    For a one-output head, the squared error of `logits` (n, 1) and the numbers in `labels`. Where a text has several
+    labels, float32 (n, labels) of ones and zeros, the mean over them of the binary cross entropies.
     """
     logits, labels = _wide(outputs["logits"]), targets["labels"]
     if logits.shape[-1] == 1:
         return (logits[:, 0] - labels).square().sum(), _count(labels)
+    if labels.ndim == 2:
+        per_label = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return per_label.mean(dim=1).sum(), _count(labels)
     return _cross_entropy(logits, labels), _count(labels)
 
 

@@ -176,9 +176,14 @@ def cut_passes(lengths: Sequence[int], passes: Passes, world: int) -> list[list[
 
 
 def _stack(values: Sequence[Any], width: int) -> np.ndarray:
-    """Stack scalars to (n,), or arrays (T,) to (n, width) filled up with the label that no loss is taken on."""
+    """Stack scalars to (n,), float32 arrays (labels,) to (n, labels), or int64 arrays (T,) to (n, width).
+
+    These are filled up with the label that no loss is taken on.
+    """
     if not isinstance(values[0], np.ndarray):
         return np.array(values, dtype=np.float32 if isinstance(values[0], float) else np.int64)
+    if values[0].dtype == np.float32:
+        return np.stack(values)
     stacked = np.full((len(values), width), IGNORED, dtype=np.int64)
     for row, value in enumerate(values):
         stacked[row, : len(value)] = value

@@ -8,7 +8,8 @@ from effllm.errors import SettingError
 from effllm.folder import ModelFolder
 from effllm.runtime.tokenizer import TextTokenizer
 from effllm.tasks import Head, Task
-from effllm.tasks.text_classification import MULTI_LABEL, gives_each_label
+from effllm.tasks.multi_label import MULTI_LABEL
+from effllm.tasks.text_classification import gives_each_label
 from effllm.variant import check_whole
 
 

@@ -17,7 +17,7 @@ import effllm
 from effllm.compression import parse_method
 from effllm.compression.fisher import probe_loss
 from effllm.compression.pipeline import compress
-from effllm.errors import Unsupported
+from effllm.data.readers import read_examples
 from effllm.runtime.predictor import Predictor
 from effllm.tasks import TASKS, Example, Head
 from effllm.train.settings import FinetuneSettings
@@ -83,12 +83,24 @@ def test_each_label_is_drawn_as_often_as_its_probability() -> None:
     torch.testing.assert_close(loss, whole)
 
 
-def test_training_on_labels_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
-    train = tmp_path / "train.jsonl"
-    train.write_text("".join(json.dumps({"text": t, "label": "positive"}) + "\n" for t in TEXTS))
-    with pytest.raises(Unsupported, match="distil: label_weight is for models that give a text one label"):
-        compress(model, tmp_path / "out", method=parse_method("distil:label_weight=1"), train=train)
-    assert not (tmp_path / "out").exists()
+def test_labels_are_trained_on_and_judged_as_sets(model: Path, tmp_path: Path) -> None:
+    head = effllm.open(model, threads=1).head
+    sets = [[], [head.labels[0]], [head.labels[1], head.labels[2]]]
+    records = [json.dumps({"text": text, "labels": sets[i % 3]}) for i, text in enumerate(TEXTS)]
+    files = {"train": tmp_path / "train.jsonl", "dev": tmp_path / "dev.jsonl"}
+    files["train"].write_text("\n".join(records[:40]))
+    files["dev"].write_text("\n".join(records[40:]))
+    method = parse_method("distil:steps=4,label_weight=1,hidden=0")
+    variant = compress(model, tmp_path / "out", method=[method], max_drop=1.0, threads=1, **files)
+    rows = {(row.metric, row.system): row.value for row in variant.rows}
+    predictor = effllm.open(model, threads=1)
+    examples = read_examples(files["dev"], TASK, head, gold=True)
+    answers = [set(answer.value["labels"]) for answer in predictor.answers(examples)]
+    wanted = [{head.labels[i] for i in example.gold} for example in examples]
+    right = sum(len(a & b) for a, b in zip(answers, wanted, strict=True))
+    micro = 2 * right / (sum(map(len, answers)) + sum(map(len, wanted)))
+    assert rows["micro f1", "dense"] == pytest.approx(micro)
+    assert ("micro f1 change", "distil") in rows
 
 
 def test_what_was_compressed_still_gives_several_labels(model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from effllm.data.labels import Labels, read_labels
 from effllm.data.readers import read_examples
 from effllm.errors import ArtifactError, SettingError
 from effllm.tasks import TASKS, Head
-from effllm.tasks.text_classification import label_index
+from effllm.tasks.task import label_index
 
 TEXT, TOKEN = TASKS["text-classification"], TASKS["token-classification"]
 
@@ -141,3 +141,59 @@ def test_numbers_stand_for_labels_with_names() -> None:
     assert label_index("1", ("negative", "positive")) == 1
     with pytest.raises(SettingError, match="unknown label '2'"):
         label_index(2, ("negative", "positive"))
+
+
+def with_sets(path: Path, sets: list) -> Path:
+    """Write a file of texts with these in column `labels`."""
+    path.write_text("".join(json.dumps({"text": "a", "labels": one}) + "\n" for one in sets), encoding="utf-8")
+    return path
+
+
+def test_a_text_can_have_several_labels_or_none(tmp_path: Path) -> None:
+    train = with_sets(tmp_path / "train.jsonl", [["b"], [], ["c", "a", "b", "c"]])
+    found = read_labels(train, TEXT)
+    assert found == Labels(("a", "b", "c"), several=True)
+    head = Head(found.labels, problem_type="multi_label_classification")
+    assert [e.gold for e in read_examples(train, TEXT, head, gold=True)] == [(1,), (), (0, 1, 2)]
+    numbers = with_sets(tmp_path / "numbers.jsonl", [[2], [0, 1]])  # as the sets of the hub have them
+    assert [e.gold for e in read_examples(numbers, TEXT, head, gold=True)] == [(2,), (0, 1)]
+    one = labelled(tmp_path / "one.jsonl", ["c"])
+    assert [e.gold for e in read_examples(one, TEXT, head, gold=True)] == [(2,)]
+
+
+def test_tables_have_several_labels_between_bars(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("text,topics\na,sport | world news\nb,\nc,sport\n", encoding="utf-8")
+    columns = {"labels": "topics"}
+    found = read_labels(path, TEXT, columns)
+    assert found == Labels(("sport", "world news"), several=True)
+    head = Head(found.labels, problem_type="multi_label_classification")
+    golds = [e.gold for e in read_examples(path, TEXT, head, gold=True, columns=columns)]
+    assert golds == [(0, 1), (), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ([["a"], 7], "train.jsonl:2: column 'labels' must hold a list of names or numbers, got 7"),
+        ([["a"], ["b", ""]], "train.jsonl:2: column 'labels' must hold a list of names or numbers, got ['b', '']"),
+        ([["a", ["b"]]], "train.jsonl:1: column 'labels' must hold a list of names or numbers, got ['a', ['b']]"),
+        ([["a", None]], "train.jsonl:1: column 'labels' must hold a list of names or numbers, got ['a', None]"),
+        ([["a"], None], "train.jsonl:2: no column 'labels' (columns: text, labels)"),
+        ([["a"], [], "a"], "holds one label only (a)"),
+        ([[], []], "holds one label only (none)"),
+    ],
+)
+def test_sets_of_labels_that_make_no_sense_are_one_line(tmp_path: Path, sets: list, words: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        read_labels(with_sets(tmp_path / "train.jsonl", sets), TEXT)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_of_a_set_that_train_lacks_is_named_with_its_line(tmp_path: Path) -> None:
+    head = Head(("negative", "positive"), problem_type="multi_label_classification")
+    with pytest.raises(SettingError, match=r"dev.jsonl:2: unknown label 'neutral'"):
+        read_examples(with_sets(tmp_path / "dev.jsonl", [["positive"], ["neutral"]]), TEXT, head, gold=True)
+    with pytest.raises(SettingError, match=r"dev.jsonl:1: no column 'label' \(columns: text, labels\)"):
+        read_examples(tmp_path / "dev.jsonl", TEXT, Head(head.labels), gold=True)

@@ -51,6 +51,33 @@ def test_classification_equals_scikit_learn(drawn: tuple[int, list[tuple[int, in
             assert found["f1"] == pytest.approx(metrics.f1_score(reference, predicted), **SAME)
 
 
+@given(
+    st.integers(2, 5).flatmap(
+        lambda k: st.lists(st.tuples(*[st.lists(st.booleans(), min_size=k, max_size=k)] * 2), min_size=1, max_size=20)
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_several_labels_equal_scikit_learn(pairs: list[tuple[list[bool], list[bool]]]) -> None:
+    from sklearn import metrics
+
+    predicted, reference = (np.array(side, dtype=int) for side in zip(*pairs, strict=True))
+    labels = tuple(f"label {i}" for i in range(predicted.shape[1]))
+    task, head = TASKS["text-classification"], Head(labels, problem_type="multi_label_classification")
+    rows = []
+    for given_labels, wanted in zip(predicted, reference, strict=True):
+        record = {"text": "x", "labels": [label for label, one in zip(labels, wanted, strict=True) if one]}
+        answer = task.decode(Example("x"), [], [{"logits": (4.0 * given_labels - 1).astype(np.float32)}], head)
+        rows.append(task.statistics(task.parse(record, head, gold=True), answer))
+    found = task.metrics(np.array(rows))
+    assert list(found) == ["micro f1", "macro f1", "exact match"]
+    assert task.score(np.array(rows)) == found["micro f1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # labels that do not occur
+        for kind in ("micro", "macro"):
+            assert found[f"{kind} f1"] == pytest.approx(metrics.f1_score(reference, predicted, average=kind), **SAME)
+    assert found["exact match"] == pytest.approx(metrics.accuracy_score(reference, predicted), **SAME)
+
+
 def test_labels_of_one_name_are_counted_apart() -> None:
     task, head = TASKS["text-classification"], Head(("good", "bad", "good"))
     logits = [np.array(values, dtype=np.float32) for values in ([0, 1, 3], [0, 3, 1], [2, 0, 1])]

@@ -76,6 +76,19 @@ DATA = {
     "question-answering": answered,
     "sentence-similarity": paired,
 }
+
+
+def labelled_with_sets(n: int = 24) -> list[dict]:
+    """Texts that have two labels, one, or none, each told by words of its own."""
+    kinds = [("g", GOOD[:6]), ("b", BAD[:6])]
+    records = []
+    for i in range(n):
+        chosen = [kind for bit, kind in enumerate(kinds) if i >> bit & 1]
+        words = [words[(i + k) % 6] for _, words in chosen for k in range(2)]
+        records.append({"text": " ".join([*words, *WORDS[30 : 32 + i % 3]]), "labels": [name for name, _ in chosen]})
+    return records
+
+
 HEADS = {"sentence-similarity": "feature-extraction"}
 
 
@@ -108,6 +121,31 @@ def test_every_head_overfits_a_small_set(base: Path, tmp_path: Path, task: str) 
     run(base, tmp_path / "out", task, file, dev=file, settings={"epochs": 40.0, "dropout": 0.0})
     metric = effllm.Variant.open(tmp_path / "out").rows[0]
     assert metric.value >= (0.86 if task == "sentence-similarity" else 0.99), metric
+
+
+def test_a_head_that_gives_several_labels_learns_and_is_known_as_such(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", labelled_with_sets())
+    run(base, tmp_path / "out", "text-classification", file, dev=file, settings={"epochs": 60.0, "dropout": 0.0})
+    rows = {row.metric: row.value for row in effllm.Variant.open(tmp_path / "out").rows}
+    assert list(rows) == ["micro f1", "macro f1", "exact match"]
+    assert rows["exact match"] >= 0.95
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["problem_type"] == "multi_label_classification"
+    classify = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None)
+    texts = [record["text"] for record in labelled_with_sets()]
+    ours = effllm.open(tmp_path / "out", threads=1)
+    for theirs, answer in zip(classify(texts), ours.answers(ours.task.unlabelled(texts, ours.head)), strict=True):
+        assert {a["label"]: a["score"] for a in theirs} == pytest.approx(answer.value["scores"], abs=1e-4)
+
+
+def test_a_small_model_learns_several_labels_from_one_that_gives_them(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", labelled_with_sets())
+    run(base, tmp_path / "teacher", "text-classification", file, settings={"epochs": 40.0, "dropout": 0.0})
+    settings = {"epochs": 40.0, "dropout": 0.0, "label_weight": 0.0, "distil_logits": 1.0}
+    steps = run(
+        base, tmp_path / "out", "text-classification", file, dev=file, teacher=tmp_path / "teacher", settings=settings
+    )
+    assert steps[-1].record.loss < steps[0].record.loss / 4
+    assert effllm.Variant.open(tmp_path / "out").rows[0].value >= 0.95
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -449,6 +487,8 @@ def traces(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         write_jsonl(models / f"{task}.jsonl", make())
         for architecture in ("bert", "modernbert"):
             encoder(models / f"{architecture}--{task}", architecture, task)
+    write_jsonl(models / "text-classification+sets.jsonl", labelled_with_sets())
+    encoder(models / "bert--text-classification+sets")
     masked_lm = make_model(root / "plain", "modernbert", "fill-mask")
     rates = {"attention_dropout": 0.1, "embedding_dropout": 0.1, "mlp_dropout": 0.1}
     with_config(masked_lm, root / "modernbert--fill-mask", **rates)
@@ -467,7 +507,7 @@ def test_loss_and_gradient_depend_neither_on_processes_nor_on_passes(traces: tup
     for folder in (one, two):
         for file in sorted(folder.glob("*.json")):
             groups.setdefault(file.stem.rpartition("-")[0], []).append(json.loads(file.read_text()))
-    assert len(groups) == 10
+    assert len(groups) == 11
     for name, found in groups.items():
         assert len(found) == 4, name
         for other in found[1:]:

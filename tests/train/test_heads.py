@@ -32,7 +32,7 @@ def logits(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_labels_in_another_order_keep_their_logits(architecture: str, task: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", architecture, task)
     labels = sorted(LABELS[task], reverse=True)
-    model = load_for_task(open_folder(folder), TASKS[task], labels, dropout=0.0, seed=0)
+    model = load_for_task(open_folder(folder), TASKS[task], Head(tuple(labels)), dropout=0.0, seed=0)
     own, permuted = logits(load(folder)), logits(model)
     assert list(permuted) == labels != list(own)
     for name in labels:
@@ -44,7 +44,7 @@ def test_as_many_other_labels_get_a_new_last_layer(architecture: str, tmp_path: 
     folder = make_model(tmp_path / "model", architecture)
     heads = []
     for labels in (LABELS["text-classification"], ["anger", "joy", "fear"]):
-        model = load_for_task(open_folder(folder), TASK, labels, dropout=0.0, seed=0)
+        model = load_for_task(open_folder(folder), TASK, Head(tuple(labels)), dropout=0.0, seed=0)
         heads.append({name: p for name, p in model.named_parameters() if len(p) == 3})
     kept, drawn = heads
     assert kept.keys() == drawn.keys()
@@ -55,13 +55,13 @@ def test_as_many_other_labels_get_a_new_last_layer(architecture: str, tmp_path: 
 
 
 def test_numbers_are_the_places_of_the_folders_labels(classifier: Path) -> None:
-    model = load_for_task(open_folder(classifier), TASK, ["0", "1", "2"], dropout=0.0, seed=0)
+    model = load_for_task(open_folder(classifier), TASK, Head(("0", "1", "2")), dropout=0.0, seed=0)
     assert torch.equal(model.classifier.weight, load(classifier).classifier.weight)
 
 
 def test_a_regression_keeps_the_one_output_of_the_folder(classifier: Path, tmp_path: Path) -> None:
-    load_for_task(open_folder(classifier), TASK, ["score"], dropout=0.0, seed=0).save_pretrained(tmp_path)
-    model = load_for_task(open_folder(tmp_path), TASK, ["rating"], dropout=0.0, seed=0)
+    load_for_task(open_folder(classifier), TASK, Head(("score",)), dropout=0.0, seed=0).save_pretrained(tmp_path)
+    model = load_for_task(open_folder(tmp_path), TASK, Head(("rating",)), dropout=0.0, seed=0)
     assert torch.equal(model.classifier.weight, load(tmp_path).classifier.weight)
 
 
@@ -70,7 +70,7 @@ def test_a_regression_keeps_the_one_output_of_the_folder(classifier: Path, tmp_p
 def test_what_no_loss_reaches_is_frozen(architecture: str, component: str, tmp_path: Path) -> None:
     folder = open_folder(make_model(tmp_path / "model", architecture))
     student, teacher = (
-        load_for_task(folder, TASK, LABELS["text-classification"], dropout=0.0, seed=0) for _ in range(2)
+        load_for_task(folder, TASK, Head(tuple(LABELS["text-classification"])), dropout=0.0, seed=0) for _ in range(2)
     )
     settings = FinetuneSettings(**{"label_weight": 0.0, "distil_logits": 0.0, f"distil_{component}": 1.0})
     module = SupervisedModel(student, TASK, Head(), settings, teacher)

@@ -150,6 +150,16 @@ def test_a_regression_is_the_squared_error() -> None:
     assert (float(summed), int(count)) == (0.25 + 4.0, 2)
 
 
+def test_several_labels_are_what_transformers_makes_of_them() -> None:
+    model = build("bert", "text-classification", torch.float64, 3)
+    model.config.problem_type = "multi_label_classification"
+    ids, labels = torch.tensor([[1, 7, 9, 2], [1, 30, 8, 2]]), torch.tensor([[1.0, 0, 1], [0, 0, 0]]).double()
+    output = model(input_ids=ids, labels=labels)
+    summed, count = LOSSES["text-classification"](output, {"labels": labels}, torch.ones_like(ids) == 1)
+    assert int(count) == 2
+    assert float((summed / count).detach()) == pytest.approx(float(output.loss.detach()), rel=1e-14)
+
+
 def test_classes_are_in_nats() -> None:
     outputs, targets = {"logits": torch.zeros(2, 4)}, {"labels": torch.tensor([0, 3])}
     summed, count = LOSSES["text-classification"](outputs, targets, torch.ones(2, 1, dtype=torch.bool))

@@ -14,7 +14,7 @@ from test_finetune import classified, run, write_jsonl
 from effllm.data.vocabulary import Vocabulary
 from effllm.errors import Unsupported
 from effllm.folder import open_folder
-from effllm.tasks import TASKS
+from effllm.tasks import TASKS, Head
 from effllm.train.heads import load_for_task
 from effllm.train.models import build_model
 from effllm.train.pretrain import pretrain
@@ -38,7 +38,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_padding_is_not_attended_to(folder: Path) -> None:
-    model = load_for_task(open_folder(folder), TASKS["sentence-similarity"], (), dropout=0.0, seed=0).eval()
+    model = load_for_task(open_folder(folder), TASKS["sentence-similarity"], Head(), dropout=0.0, seed=0).eval()
     ids = torch.randint(5, 50, (1, 6), generator=torch.Generator().manual_seed(0))
     padded = torch.cat([ids, torch.ones(1, 5, dtype=torch.int64)], dim=1)
     with torch.no_grad():
@@ -96,6 +96,6 @@ def test_a_model_that_keeps_packed_sequences_apart_is_pre_trained(tokens: Path, 
 
 def test_the_others_take_what_is_named(tmp_path: Path) -> None:
     model = load_for_task(
-        open_folder(make_model(tmp_path / "bert")), TASKS["text-classification"], ("a", "b"), dropout=0.0, seed=0
+        open_folder(make_model(tmp_path / "bert")), TASKS["text-classification"], Head(("a", "b")), dropout=0.0, seed=0
     )
     assert model.config._attn_implementation == "effllm_capturing"

@@ -28,7 +28,7 @@ def main(models: Path, tokens: Path, out: Path, masked_lm: Path) -> None:
             steps = finetune(
                 folder,
                 out / f"{folder.name}-model",
-                task=task,
+                task=task.removesuffix("+sets"),
                 train=models / f"{task}.jsonl",
                 settings=settings,
                 force=True,
