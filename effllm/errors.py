@@ -5,9 +5,9 @@
     ├── ArtifactError          a file or folder is missing, damaged or not what it claims     exit 2
     ├── MissingExtra           an optional package is needed for this; names the extra        exit 2
     ├── Unsupported            valid input that effllm does not handle                        exit 2
-    ├── CheckFailed            a model, a system or a server does not do what it must         exit 3
     ├── TrainingStopped        a run cannot go on, or has no compiler for --compile           exit 3
-    └── GateFailed             a quality gate was broken; carries the comparison              exit 3
+    └── CheckFailed            a model, a system or a server does not do what it must         exit 3
+        └── GateFailed         a quality gate was broken; carries the comparison              exit 3
 
 Any other exception is a bug of effllm and keeps its traceback.
 """
@@ -15,7 +15,7 @@ Any other exception is a bug of effllm and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,9 +52,19 @@ class Unsupported(EffllmError):
 
 
 class CheckFailed(EffllmError):
-    """A written model, a system that is measured or a server does not do what it must; `--out` is not written."""
+    """A written model, a system that is measured or a server does not do what it must; `--out` is not written.
+
+    `rows` holds what was measured before.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, rows: Sequence[Row] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
+
+    def __reduce__(self) -> tuple[type[CheckFailed], tuple[str, list[Row]]]:
+        return type(self), (str(self), self.rows)
 
 
 class TrainingStopped(EffllmError):
@@ -63,20 +73,11 @@ class TrainingStopped(EffllmError):
     exit_code = 3
 
 
-class GateFailed(EffllmError):
+class GateFailed(CheckFailed):
     """A compressed model lost more quality than `--max-drop` allows. Nothing is kept.
 
     `rows` holds the comparison that failed, for printing.
     """
-
-    exit_code = 3
-
-    def __init__(self, message: str, rows: list[Row]) -> None:
-        super().__init__(message)
-        self.rows = rows
-
-    def __reduce__(self) -> tuple[type[GateFailed], tuple[str, list[Row]]]:
-        return type(self), (str(self), self.rows)
 
 
 def first_line(error: BaseException) -> str:

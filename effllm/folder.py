@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from effllm.errors import ArtifactError, Unsupported
+from effllm.variant import MANIFEST
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ONNX_FILES = ("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/model_q4.onnx", "model.onnx")
@@ -120,7 +121,11 @@ def _download(hub_id: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - half a second, needed for hub ids only
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=list(NOT_FETCHED)))
+        path = Path(snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=list(NOT_FETCHED)))
+        if (path / MANIFEST).is_file():  # which lists what it takes to be whole
+            listed = list(read_json(path / MANIFEST, {}).get("files") or ())
+            snapshot_download(hub_id, revision=path.name, allow_patterns=listed)
+        return path
     except Exception as error:  # the hub client raises types of several libraries; each becomes one clear line
         reason = str(error).strip().splitlines()
         raise ArtifactError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from effllm import machine
 from effllm.data.english import english_sentences
 from effllm.data.readers import read_examples, read_records
 from effllm.data.split import sample
-from effllm.errors import CheckFailed
+from effllm.errors import CheckFailed, SettingError, unknown_name
 from effllm.folder import ModelFolder, open_folder
 from effllm.measure.latency import Load, System
 from effllm.measure.latency import bench as bench_systems
 from effllm.measure.quality import batch_spread, compare, evaluate, quality_row
 from effllm.progress import Track, silent
-from effllm.rows import Row
-from effllm.runtime.engine import open_engine
+from effllm.rows import Row, of_model
+from effllm.runtime.engine import ENGINES, open_engine
 from effllm.runtime.predictor import Predictor
 from effllm.runtime.tokenizer import Encoding, TextTokenizer, pad_batch
 from effllm.tasks import Example, Task, scoring, task_of
@@ -31,6 +31,8 @@ from effllm.variant import Variant, is_variant, read_manifest
 DENSE = "onnxruntime fp32"
 MIX_TEXTS = 64
 AGREEMENT_TEXTS = 200
+MORE_ENGINES = set(ENGINES) - {"onnxruntime", "torch", "torch-bf16"}
+"""The engines that run ONNX files besides the one that always does."""
 
 
 @dataclass(frozen=True)
@@ -79,28 +81,56 @@ def bench(models: Sequence[str | Path], settings: BenchSettings | None = None, t
     A folder with weights runs on torch in float32 and bfloat16 and, exported on the fly, on ONNX Runtime in float32; an
     ONNX folder that effllm wrote runs as it is. All are compared with the first model's float32 form.
 
-    Raises CheckFailed, before anything is timed, when a system agrees less than `min_agreement` with the dense model.
+    A system that agrees less than `min_agreement` with the dense model is not timed. Raises CheckFailed with the rows
+    of the others for such a system, and with the rows so far when the process of one ends.
     """
-    settings = settings or BenchSettings()
+    rows: list[Row] = []
+    failed = ""
+    try:
+        for row in _measured(models, settings or BenchSettings(), track):
+            rows.append(row)
+    except CheckFailed as error:
+        failed = str(error)
+    found = of_model(rows, open_folder(models[0], weights=False).name)
+    if failed:
+        raise CheckFailed(failed, found)
+    return found
+
+
+def _measured(models: Sequence[str | Path], settings: BenchSettings, track: Track) -> Iterator[Row]:
+    """Yield the rows of `bench`; raises CheckFailed after the last one for systems that were not timed."""
     with tempfile.TemporaryDirectory(prefix="effllm-bench-") as scratch:
         entrants = _entrants(models, settings, Path(scratch), track)
-        rows = [row for entrant in entrants for row in _size_rows(entrant)]
+        for entrant in entrants:
+            yield from _size_rows(entrant)
         examples, data = _examples(entrants[0], settings)
-        rows += _quality(entrants, examples, data, settings, track)
+        off = yield from _quality(entrants, examples, data, settings, track)
         encodings = [e for group in entrants[0].predictor(1).encode(examples[:MIX_TEXTS]) for e in group]
         loads = _loads(entrants, encodings, data, settings)
-        systems = [entrant.system(settings.threads) for entrant in entrants]
-        names = [entrant.name for entrant in entrants]
-        baseline = DENSE if DENSE in names else names[0]
-        rows += bench_systems(
+        systems = [entrant.system(settings.threads) for entrant in entrants if entrant.name not in off]
+        baseline = _reference(entrants).name
+        yield from bench_systems(
             systems, loads, baseline=baseline, threads=settings.threads, rounds=settings.rounds, track=track
         )
-    return rows
+    if off:
+        found = ", ".join(f"{name} on only {share:.1%}" for name, share in off.items())
+        raise CheckFailed(
+            f"not timed, as it agrees too little with {baseline}: {found} of {data} "
+            f"(at least {settings.min_agreement:.0%} is wanted)"
+        )
+
+
+def _reference(entrants: Sequence[Entrant]) -> Entrant:
+    """Return what the others are compared with: the dense model in ONNX Runtime, else the first."""
+    return next((entrant for entrant in entrants if entrant.name == DENSE), entrants[0])
 
 
 def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Path, track: Track) -> list[Entrant]:
     from effllm.compression.pipeline import export  # noqa: PLC0415 - loads torch, which ONNX folders do not need
 
+    engines = tuple(dict.fromkeys(settings.engines))
+    for name in set(engines) - MORE_ENGINES:
+        raise unknown_name("engine", name, MORE_ENGINES)
     entrants: list[Entrant] = []
     folders = [open_folder(model, weights=False) for model in models]
     for folder, label in zip(folders, _labels(folders), strict=True):
@@ -110,7 +140,7 @@ def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Pa
         if variant and variant.manifest.get("model_file"):
             file = folder.path / str(variant.manifest["model_file"])
             entrants.append(Entrant(label, folder.path, "onnxruntime", file, task))
-            entrants += [Entrant(f"{label} {e}", folder.path, e, file, task) for e in settings.engines]
+            entrants += [Entrant(f"{label} {e}", folder.path, e, file, task) for e in engines]
             continue
         prefix = "" if not entrants else f"{label} "
         out = scratch / f"dense-{len(entrants)}"
@@ -119,7 +149,7 @@ def _entrants(models: Sequence[str | Path], settings: BenchSettings, scratch: Pa
             entrants.append(Entrant(f"{prefix}{form}", out, engine, folder.path, task))
         file = out / "onnx" / "model.onnx"
         entrants.append(Entrant(f"{prefix}{DENSE}", out, "onnxruntime", file, task))
-        entrants += [Entrant(f"{prefix}{e} fp32", out, e, file, task) for e in settings.engines]
+        entrants += [Entrant(f"{prefix}{e} fp32", out, e, file, task) for e in engines]
     return entrants
 
 
@@ -146,6 +176,8 @@ def _examples(first: Entrant, settings: BenchSettings) -> tuple[list[Example], s
         return sample(task.unlabelled(english_sentences(), head), AGREEMENT_TEXTS, 0), "English sentences"
     labelled = _is_labelled(settings.data, task, settings.columns)
     examples = read_examples(settings.data, task, head, gold=labelled, columns=settings.columns, limit=settings.limit)
+    if not examples:
+        raise SettingError(f"{settings.data.name} holds too few texts for {task.name}, which takes two at a time")
     return examples if labelled else sample(examples, AGREEMENT_TEXTS, 0), settings.data.name
 
 
@@ -157,33 +189,45 @@ def _is_labelled(data: Path, task: Task, columns: Mapping[str, str]) -> bool:
 
 def _quality(
     entrants: Sequence[Entrant], examples: Sequence[Example], data: str, settings: BenchSettings, track: Track
-) -> list[Row]:
-    """Compare every system with the dense one. Raises CheckFailed when one is too far off."""
+) -> Generator[Row, None, dict[str, float]]:
+    """Compare every system with the dense one; return the agreement of those that are too far off, by name.
+
+    Raises SettingError when one has other labels than the dense model.
+    """
     threads = machine.usable_cores()
-    reference = next((e for e in entrants if e.name == DENSE), entrants[0])
+    reference = _reference(entrants)
     dense = reference.predictor(threads)
     labelled = any(example.gold is not None for example in examples) and dense.task.metric
-    rows = _batch_rows(dense, examples)
+    yield from _batch_rows(dense, examples)
     others = [entrant for entrant in entrants if entrant is not reference]
     if labelled and not others:
-        rows += evaluate(dense, examples, data, track)[0][:1]
+        yield evaluate(dense, examples, data, track)[0][0]
+    off: dict[str, float] = {}
     for entrant in others:
         other = entrant.predictor(threads)
+        _check_labels(dense, other)
         comparison = compare(dense, other, examples, data, track)
         if comparison.agreement < settings.min_agreement:
-            raise CheckFailed(
-                f"{entrant.name} agrees with {reference.name} on only {comparison.agreement:.1%} of {data} "
-                f"(at least {settings.min_agreement:.0%} is wanted); it is not timed"
-            )
-        own = [row for row in comparison.rows() if row.system == entrant.name]
+            off[entrant.name] = comparison.agreement
+        own = [row for row in comparison.rows(dense=False) if row.system == entrant.name]
         if entrant is others[0]:
-            rows.append(
+            yield (
                 quality_row(entrant.task, comparison.dense, reference.name, data)
                 if comparison.labelled
                 else dataclasses.replace(own[0], value=1.0, system=reference.name)
             )
-        rows += own + _batch_rows(other, examples)
-    return rows
+        yield from [*own, *_batch_rows(other, examples)]
+    return off
+
+
+def _check_labels(dense: Predictor, other: Predictor) -> None:
+    """Raise SettingError where two models have other labels, or in another order: answers go by their places."""
+    ours, theirs = dense.head.labels, other.head.labels
+    if max(len(ours), len(theirs)) > 1 and ours != theirs:
+        raise SettingError(
+            f"{other.name} gives the labels {', '.join(theirs)}, {dense.name} {', '.join(ours)}, in order; "
+            "only models of the same labels are compared"
+        )
 
 
 def _batch_rows(predictor: Predictor, examples: Sequence[Example]) -> list[Row]:

@@ -19,6 +19,8 @@ from typing import Any
 from effllm.errors import ArtifactError
 from effllm.files import write_whole
 
+PARENT = "parent"
+"""The condition that names the model whose forms are compared."""
 NUMBERS_OF_HOW = ("clients", "rate", "within_ms")
 """Conditions that are numbers wherever they are given; `tokens` and others may be words too."""
 
@@ -78,12 +80,18 @@ def _is_number(value: Any) -> bool:
 
 def _check_conditions(how: dict[str, Any]) -> None:
     """Check the conditions that reports read. Raises ValueError naming the one that is wrong."""
-    if not isinstance(how.get("role", ""), str):
-        raise ValueError("how.role is not text")
+    for key in ("role", PARENT):
+        if not isinstance(how.get(key, ""), str):
+            raise ValueError(f"how.{key} is not text")
     for key, value in how.items():
         numeric = key in NUMBERS_OF_HOW or isinstance(value, (int, float))
         if numeric and not (_is_number(value) and math.isfinite(value)):
             raise ValueError(f"how.{key} is not a finite number")
+
+
+def of_model(rows: Iterable[Row], name: str) -> list[Row]:
+    """Return rows that say which model their systems are forms of, for systems of one name are not always one."""
+    return [dataclasses.replace(row, how={**row.how, PARENT: name}) for row in rows]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

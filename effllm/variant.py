@@ -1,7 +1,8 @@
 """A variant: an immutable model folder with a manifest, written whole or not at all.
 
 `effllm.json` says where the folder comes from (parent, steps, settings, seeds, versions), what it promises
-(`batch_dependent`), what was measured on it (rows) and the SHA-256 and size of every other file. `create` writes into a
+(`batch_dependent`), what was measured on it (rows) and the SHA-256 and size of every other file, but for the card
+(`README.md`), which people edit. `create` writes into a
 temporary folder beside the target and renames it when complete; what a killed process leaves behind is swept by the
 next `create` on the same target.
 """
@@ -19,7 +20,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from effllm import machine
@@ -27,6 +28,7 @@ from effllm.errors import ArtifactError, SettingError
 from effllm.rows import Row
 
 MANIFEST = "effllm.json"
+CARD = "README.md"
 FORMAT = 1
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 WRITE_ERRORS = DISK_ERRORS | {errno.ENAMETOOLONG, errno.ENOTEMPTY}
@@ -69,6 +71,8 @@ class Variant:
         folder = Path(path)
         manifest = read_manifest(folder)
         for name, entry in manifest["files"].items():
+            if name == CARD:  # listed by versions of effllm before this one
+                continue
             try:
                 _check_file(folder, name, entry)
             except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the name, a loop of links
@@ -77,8 +81,8 @@ class Variant:
 
 
 def _check_file(folder: Path, name: str, entry: Any) -> None:
-    file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
+    file, path = folder / name, PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not _is_inside(file.resolve(), folder.resolve()):
         raise ArtifactError(f"{folder}: the manifest names {name!r}, which is outside the folder")
     if not isinstance(entry, dict) or not {"sha256", "size_bytes"} <= set(entry):
         raise ArtifactError(f"{folder / MANIFEST} has no digest of {name!r}")
@@ -88,6 +92,12 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
         raise ArtifactError(f"{file} is damaged: {file.stat().st_size} bytes, {entry['size_bytes']} were written")
     if sha256(file) != entry["sha256"]:
         raise ArtifactError(f"{file} is damaged: its SHA-256 is not the one in {MANIFEST}")
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Return whether a file lies in a folder, or in the hub's cache among the files that the folder there links to."""
+    cached = folder.parent.name == "snapshots" and file.is_relative_to(folder.parent.parent / "blobs")
+    return cached or file.is_relative_to(folder)
 
 
 def check_whole(folder: Path) -> None:
@@ -133,11 +143,11 @@ def weights_digest(folder: Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `effllm.json` with `content`, the versions, the machine, and the digest of every file in the folder."""
+    """Write `effllm.json` with `content`, the versions, the machine, and the digest of every file but the card."""
     files = {
         file.relative_to(folder).as_posix(): {"sha256": sha256(file), "size_bytes": file.stat().st_size}
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != folder / MANIFEST
+        if file.is_file() and file not in {folder / MANIFEST, folder / CARD}
     }
     manifest = {
         "format": FORMAT,
@@ -153,6 +163,7 @@ def check_target(target: Path, *, force: bool) -> None:
     """Fail early when `target` cannot be written: it exists (without `force`), or its parent is not writable."""
     try:
         exists = target.exists()
+        holds = exists and target.is_dir() and any(target.iterdir())
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror}") from None
     if target.is_symlink() and not exists:
@@ -161,7 +172,7 @@ def check_target(target: Path, *, force: bool) -> None:
         raise SettingError(f"{target} exists; choose another --out or pass --force to replace it")
     if exists and not target.is_dir():
         raise SettingError(f"{target} is a file, not a folder; choose another --out")
-    if exists and any(target.iterdir()) and not is_variant(target):
+    if holds and not is_variant(target):
         raise SettingError(f"{target} was not written by effllm, so --force does not replace it; choose another --out")
     parent = target.absolute().parent
     while not parent.exists():

@@ -258,6 +258,26 @@ def test_predict_fills_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert words.count("(0.") == 5
 
 
+def test_texts_that_come_with_their_masks_have_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(tmp_path / "lm", "bert", "fill-mask")
+    data = tmp_path / "cloze.txt"
+    data.write_text("paris is the [MASK] of france\n")
+    assert run("eval", model, "--data", data) == 2
+    assert one_line(capsys) == "error: cloze.txt has no reference answers"
+    data.write_text("paris is the [MASK] of france\nparis is in france\n")
+    assert run("eval", model, "--data", data) == 0
+    assert "n = 1" in capsys.readouterr().out
+
+
+def test_names_of_others_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    names = {str(index): f"\x1b[31m{index}" for index in range(3)}
+    (model / "config.json").write_text(json.dumps(config | {"id2label": names}))
+    assert run("predict", model, "paris") == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_predict_says_what_is_missing_or_too_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model(tmp_path / "mlm", "bert", "fill-mask")
     assert run("predict", model, "The quick brown fox.") == 2
@@ -517,7 +537,9 @@ def test_bench_times_only_what_agrees(classifier: Path, exported: Path, tmp_path
     other = make_other(classifier, tmp_path)
     capsys.readouterr()
     assert run("bench", classifier, other, *flags, "--min-agreement", "0.99") == 3
-    assert "it is not timed" in one_line(capsys)
+    assert "not timed, as it agrees too little with onnxruntime fp32: other on only" in capsys.readouterr().err
+    assert {row.system for row in read_rows(rows) if row.metric == "latency p50"} == systems - {"exported"}
+    assert "not timed" in page.read_text(encoding="utf-8")
 
 
 def make_other(classifier: Path, tmp_path: Path) -> Path:

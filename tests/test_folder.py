@@ -280,6 +280,24 @@ def test_a_hub_id_is_asked_of_the_hub_once_and_its_folder_opened(
     assert asked == ["some-org/some.model"]
 
 
+def test_of_a_folder_that_effllm_wrote_the_hub_is_asked_for_what_its_manifest_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(hub_id: str, **more: object) -> str:
+        asked.append((hub_id, more.get("revision"), more["allow_patterns"]))
+        return str(tmp_path / "0123abc")
+
+    (tmp_path / "0123abc").mkdir()
+    (tmp_path / "0123abc" / "effllm.json").write_text('{"files": {"onnx/model.onnx": {}, "training/log.jsonl": {}}}')
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find("me/small") == tmp_path / "0123abc"
+    assert asked[1:] == [("me/small", "0123abc", ["onnx/model.onnx", "training/log.jsonl"])]
+
+
 @pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), KeyError(), ValueError("")])
 def test_any_fault_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     import huggingface_hub

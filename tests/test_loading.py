@@ -190,3 +190,17 @@ def test_the_end_of_a_text_that_is_kept_is_kept_by_the_export_too(tmp_path: Path
     assert effllm.open(variant.path).predict(text)["label"] == effllm.open(folder).predict(text)["label"]
     assert effllm.open(variant.path).tokenizer.keeps_end
     assert transformers.AutoTokenizer.from_pretrained(variant.path).truncation_side == "left"
+
+
+def test_what_sentence_transformers_does_with_embeddings_is_exported(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "bert", "feature-extraction")
+    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true, "include_prompt": false}')
+    kept = {"similarity_fn_name": "dot", "prompts": {"query": "query: "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(kept | {"__version__": {}}))
+    out = effllm.export(folder, tmp_path / "out").path
+    written = json.loads((out / "config_sentence_transformers.json").read_text())
+    assert written == kept | {"default_prompt_name": None}
+    assert json.loads((out / "1_Pooling" / "config.json").read_text())["include_prompt"] is False

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from effllm.errors import SettingError
 from effllm.report import html_page, markdown_table, terminal_table, text
 from effllm.report.measured import Measured, newest_rows
 from effllm.report.plots import pareto_front
@@ -202,6 +203,22 @@ def test_sizes_are_compared_with_dense_onnxruntime_not_with_the_first_system():
     assert "22.7 MB 3.98× smaller" in markdown
     assert "90.9 MB 1.01× larger" in markdown
     assert "90.4 MB baseline" in markdown
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_forms_of_two_models_with_one_name_are_refused(stream):
+    ours = [row("spearman", 0.8, "absolute", "dense", how={**QUALITY, "parent": name}) for name in ("a", "b")]
+    with pytest.raises(SettingError, match="'dense' is a form of a in some rows and of b in others"):
+        printed(stream, ours)
+    shown = printed(stream, [ours[0], dataclasses.replace(ours[1], system="other")])
+    assert "parent a" not in shown
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_bounds_that_are_no_interval_are_not_called_one(stream):
+    ours = row("f1", 0.8, "absolute", "x", how={**QUALITY, "bounds": "lowest and highest"}, low=0.7, high=0.9)
+    assert "95 %" not in printed(stream, [ours])
+    assert "95 %" in printed(stream, [dataclasses.replace(ours, how=QUALITY)])
 
 
 @pytest.mark.parametrize("stream", STREAMS)

@@ -156,7 +156,38 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage, message: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/../../x", "..", "a\0b", "x" * 300])
+def test_the_card_is_for_people_to_edit(tmp_path: Path) -> None:
+    with create(tmp_path / "small") as staging:
+        (staging / "README.md").write_text("what it is")
+        write_manifest(staging, CONTENT)
+    (tmp_path / "small" / "README.md").write_text("what it is, for whom")
+    assert "README.md" not in Variant.open(tmp_path / "small").manifest["files"]
+    listed = {"sha256": "0", "size_bytes": 6}  # as earlier versions listed it
+    edit(tmp_path / "small", lambda manifest: manifest["files"].update({"README.md": listed}))
+    (tmp_path / "small" / "README.md").unlink()
+    Variant.open(tmp_path / "small")
+
+
+def test_a_folder_in_the_cache_of_the_hub_links_to_its_files(tmp_path: Path) -> None:
+    written = make(tmp_path / "small")
+    repository = tmp_path / "models--me--small"
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in written.rglob("*") if path.is_file())):
+        blob, link = repository / "blobs" / str(number), snapshot / file.relative_to(written)
+        file.rename(blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert Variant.open(snapshot).task == "text-classification"
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("/etc/hostname")
+    with pytest.raises(ArtifactError, match="outside the folder"):
+        Variant.open(snapshot)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/hostname", "a/../../x", "..", "a\0b", "x" * 300, "../small/config.json"]
+)
 def test_a_manifest_cannot_reach_outside(tmp_path: Path, name: str) -> None:
     folder = make(tmp_path / "small")
     (tmp_path / "x").write_text("secret")

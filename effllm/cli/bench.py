@@ -40,7 +40,7 @@ Examples:
     type=SHARE,
     default=0.9,
     show_default=True,
-    help="Stop, before anything is timed, where a system agrees less with the dense model.",
+    help="Do not time what agrees less with the dense model; the exit code is 3.",
 )
 @JSON
 @HTML
@@ -91,6 +91,7 @@ def bench(
 
     from effllm.cli.console import give_rows, progress
     from effllm.data.readers import parse_columns
+    from effllm.errors import CheckFailed
     from effllm.lineup import BenchSettings
     from effllm.lineup import bench as run
 
@@ -106,6 +107,11 @@ def bench(
         engines=engines,
         min_agreement=min_agreement,
     )
-    with progress() as track:
-        rows = run(models, chosen, track)
-    give_rows(rows, json_file, html_file, " · ".join(Path(model).name for model in models))
+    title = " · ".join(Path(model).name for model in models)
+    try:
+        with progress() as track:
+            rows = run(models, chosen, track)
+    except CheckFailed as error:
+        give_rows(error.rows, json_file, html_file, title, [str(error)])
+        raise
+    give_rows(rows, json_file, html_file, title)

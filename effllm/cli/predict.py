@@ -67,28 +67,32 @@ def _plain(value: Any) -> Any:
 
 
 def _readable(answer: Any) -> str:
+    """Return an answer as text."""
     if hasattr(answer, "tolist"):
         shown = ", ".join(f"{x:.4f}" for x in answer[:6])
         return f"embedding of {len(answer)} numbers: [{shown}, …]  (--json prints all)"
-    if "masks" in answer:
-        return "\n".join(
-            "  ".join(f"{c['token']} ({c['score']:.3f})" for c in mask["candidates"]) for mask in answer["masks"]
-        )
-    if "words" in answer:
-        return "\n".join(
-            f"{word}\t{tag}\t{score:.3f}"
-            for word, tag, score in zip(answer["words"], answer["tags"], answer["scores"], strict=True)
-        )
     if "answer" in answer:
         return f"{answer['answer']!r}  (characters {answer['start']}–{answer['end']}, score {answer['score']:.2f})"
     if "similarity" in answer:
         return f"similarity {answer['similarity']:.4f}"
-    return (
-        _classes(answer) if "label" in answer else "perplexity {perplexity:.2f} over {tokens} tokens".format(**answer)
-    )
+    if "perplexity" in answer:
+        return "perplexity {perplexity:.2f} over {tokens} tokens".format(**answer)
+    return _named(answer)
 
 
-def _classes(answer: Any) -> str:
-    likeliest = f"{answer['label']}  ({answer['score']:.4f})"
+def _named(answer: Any) -> str:
+    """Return an answer of a model's own names, which someone else chose, without what would steer a terminal."""
+    from effllm.report.text import plain
+
+    if "masks" in answer:
+        return "\n".join(
+            "  ".join(f"{plain(c['token'])} ({c['score']:.3f})" for c in mask["candidates"]) for mask in answer["masks"]
+        )
+    if "words" in answer:
+        return "\n".join(
+            f"{word}\t{plain(tag)}\t{score:.3f}"
+            for word, tag, score in zip(answer["words"], answer["tags"], answer["scores"], strict=True)
+        )
+    likeliest = f"{plain(answer['label'])}  ({answer['score']:.4f})"
     labels = answer.get("labels")
-    return likeliest if labels is None else f"{', '.join(labels) or 'none'}  (likeliest: {likeliest})"
+    return likeliest if labels is None else f"{plain(', '.join(labels)) or 'none'}  (likeliest: {likeliest})"

@@ -55,6 +55,7 @@ def _folder(what: str) -> None:
     from pathlib import Path
 
     from effllm.cli.console import print_rows
+    from effllm.report.text import plain
     from effllm.variant import Variant
 
     variant = Variant.open(Path(what))
@@ -63,11 +64,12 @@ def _folder(what: str) -> None:
         _tokens(variant)
         return
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
-    click.echo(f"{variant.path}: {variant.task}, from {manifest['parent']['name']}, {size / 1e6:.1f} MB in all")
-    for step in manifest["steps"]:
-        click.echo("  step: " + ", ".join(f"{key} {value}" for key, value in step.items()))
+    parent = manifest.get("parent", {}).get("name", "a model that it does not name")
+    click.echo(f"{variant.path}: {variant.task}, from {plain(parent)}, {size / 1e6:.1f} MB in all")
+    for step in manifest.get("steps", []):
+        click.echo("  step: " + plain(", ".join(f"{key} {value}" for key, value in step.items())))
     for note in manifest.get("notes", []):
-        click.echo(f"  · {note}")
+        click.echo(f"  · {plain(note)}")
     click.echo(f"  every file has its recorded SHA-256; {'' if variant.batch_dependent else 'not '}batch dependent")
     print_rows(variant.rows)
 

@@ -31,7 +31,7 @@ from effllm.folder import ModelFolder, open_folder
 from effllm.hf import describe_in_config, quiet
 from effllm.measure.quality import compare
 from effllm.progress import Track, silent
-from effllm.rows import Row
+from effllm.rows import Row, of_model
 from effllm.runtime.engine import open_engine
 from effllm.runtime.predictor import Predictor
 from effllm.runtime.torch import TorchEngine
@@ -67,7 +67,8 @@ def export(
     """Export a model to ONNX, float32, in the folder layout that every tool loads.
 
     The file is reloaded and compared with the torch model on six shapes before the folder appears. Raises CheckFailed
-    when they differ by more than 1e-4, and ArtifactError, SettingError or Unsupported for bad input.
+    when they differ by more than 1e-4 (of the largest output where that is above 1), and ArtifactError, SettingError or
+    Unsupported for bad input.
     """
     target = Path(out)
     check_target(target, force=force)
@@ -366,7 +367,7 @@ def finish(
         "batch_dependent": False,
         **extra,
         "notes": list(notes),
-        "rows": [row.to_json() for row in rows],
+        "rows": [row.to_json() for row in of_model(rows, source.folder.name)],
     }
     (staging / "README.md").write_text(model_card(content, folder), encoding="utf-8")
     write_manifest(staging, content)

@@ -48,7 +48,7 @@ def export_repository(
                 key: value for key, value in variant.manifest.items() if key not in {"files", "versions", "machine"}
             }
             step = {"verb": "export", "form": form, "name": name}
-            content |= {"form": form, "model_file": model_file, "steps": [*variant.manifest["steps"], step]}
+            content |= {"form": form, "model_file": model_file, "steps": [*variant.manifest.get("steps", []), step]}
             (staging / "README.md").write_text(repository_card(content, form, name), encoding="utf-8")
         write_manifest(staging, content)
     return Variant.open(target)

@@ -34,7 +34,7 @@ from effllm.folder import TOKENIZER_FILES, find, tokenizer_files
 from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.settings import to_json
-from effllm.variant import Variant, check_target, create, sha256, write_manifest
+from effllm.variant import Variant, check_target, check_whole, create, sha256, write_manifest
 
 CHUNK_CHARACTERS = 2_000_000
 """How much text is tokenised at once; its encodings take some 100 bytes a token."""
@@ -121,6 +121,7 @@ def _existing_tokenizer(settings: PrepareSettings) -> Path | None:
         raise SettingError(
             f"unknown tokenizer {name!r} (known: {', '.join(TRAINERS)}, or a folder or hub id): {error}"
         ) from None
+    check_whole(folder)
     inner = folder / TOKENIZER
     folder = inner if (inner / "tokenizer.json").is_file() else folder  # another token store
     Vocabulary.read(folder)

@@ -24,6 +24,8 @@ TOKENIZER_CLASSES = {
     "xlm-roberta": ("XLMRobertaTokenizer", "Unigram"),
 }
 """Model type -> the tokenizer class that transformers 4 and transformers.js know, and the kind of model it wraps."""
+KEPT = ("prompts", "similarity_fn_name")
+"""What stays of `config_sentence_transformers.json`."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -116,7 +118,7 @@ def _write_modules(source: Source, target: Path) -> None:
     known = read_json(source.folder.path / "config_sentence_transformers.json", {})
     write_json(
         target / "config_sentence_transformers.json",
-        {"prompts": known.get("prompts", {}), "default_prompt_name": None},
+        {"prompts": {}, **{key: known[key] for key in KEPT if key in known}, "default_prompt_name": None},
     )
 
 
@@ -125,5 +127,5 @@ def pooling_config(pooling: Pooling, width: int) -> dict[str, Any]:
     return {
         "word_embedding_dimension": width,
         **{key: mode == pooling.mode for mode, key in MODE_KEYS.items()},
-        "include_prompt": True,
+        "include_prompt": pooling.include_prompt,
     }

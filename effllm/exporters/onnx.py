@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import inspect
 import io
 import logging
 import warnings
@@ -26,17 +25,11 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 
 from effllm.exporters.graph import Graph
 from effllm.exporters.source import Source
+from effllm.runtime.tokenizer import inputs_of
 
 OPSET = 20
 """The first opset with a Gelu operator; ONNX Runtime reads it from version 1.17 on."""
 AXES = ("batch_size", "sequence_length")
-
-
-def input_names(source: Source) -> tuple[str, ...]:
-    """Return the graph's inputs: ids, mask, and segment ids where the model tells segments apart."""
-    takes = inspect.signature(source.model.forward).parameters
-    segments = "token_type_ids" in takes and source.folder.config.get("type_vocab_size", 2) > 1
-    return ("input_ids", "attention_mask", "token_type_ids") if segments else ("input_ids", "attention_mask")
 
 
 def sample_inputs(source: Source, lengths: list[int], seed: int = 0) -> dict[str, np.ndarray]:
@@ -53,7 +46,7 @@ def sample_inputs(source: Source, lengths: list[int], seed: int = 0) -> dict[str
     pad = int(source.folder.config.get("pad_token_id") or 0)
     ids = np.where(mask == 1, np.where(ids == pad, (pad + 1) % source.folder.config["vocab_size"], ids), pad)
     feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, "token_type_ids": segments}
-    return {name: feeds[name] for name in input_names(source)}
+    return {name: feeds[name] for name in inputs_of(source.model)}
 
 
 def export_graph(source: Source) -> onnx.ModelProto:
@@ -89,9 +82,10 @@ def _name_axes(model: onnx.ModelProto, source: Source) -> None:
     kept = [outputs[name] for name in source.task.outputs]
     del model.graph.output[:]
     model.graph.output.extend(kept)
+    inputs = inputs_of(source.model)
     for value in (*model.graph.input, *model.graph.output):
         for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
-            if dimension.dim_param or axis < (2 if value.name in input_names(source) else 1):
+            if dimension.dim_param or axis < (2 if value.name in inputs else 1):
                 dimension.dim_param = AXES[axis]
 
 

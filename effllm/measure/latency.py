@@ -141,28 +141,26 @@ def bench(
     threads: int,
     rounds: int = 11,
     track: Track = silent,
-) -> list[Row]:
-    """Time every system on every load and return the rows: latency or throughput, ratios, load time, memory.
+) -> Iterator[Row]:
+    """Time every system on every load and yield the rows: load time, latency or throughput, ratios, memory.
 
     Ratios are over `baseline`, from the rounds' pairs. Each load is repeated within a round until it took about 30 ms
-    on the slowest system, and a round counts its median.
+    on the slowest system, and a round counts its median. Raises CheckFailed when a system's process ends.
     """
     workers: dict[str, Worker] = {}
-    rows: list[Row] = []
     try:
         for system in track(systems, "loading", len(systems)):
             workers[system.name] = Worker(system)
             seconds, where = workers[system.name].load_s, machine.describe()
-            rows.append(Row("load time", seconds, "s", system.name, how={"includes": "imports"}, machine=where))
+            yield Row("load time", seconds, "s", system.name, how={"includes": "imports"}, machine=where)
         for load in loads:
             samples = _measure(workers, load, rounds, track)
-            rows += _rows_of(load, samples, baseline, threads)
+            yield from _rows_of(load, samples, baseline, threads)
         for name, worker in workers.items():
-            rows.append(Row("peak memory", float(worker.peak_bytes()), "bytes", name, machine=machine.describe()))
+            yield Row("peak memory", float(worker.peak_bytes()), "bytes", name, machine=machine.describe())
     finally:
         for worker in workers.values():
             worker.__exit__()
-    return rows
 
 
 def _measure(
@@ -188,12 +186,8 @@ def _rows_of(load: Load, samples: Mapping[str, list[list[list[float]]]], baselin
     for name, rounds in samples.items():
         if load.single:
             single = np.array([time for repeats in rounds for batch_times in repeats for time in batch_times])
-            scale = len(load.batches)
-            median, low, high = median_interval([total / scale for total in totals[name]])
-            if scale > 1:
-                # Over a mix of lengths the median is over texts; its interval is over rounds.
-                per_round = [float(np.median([t for repeat in r for t in repeat])) for r in rounds]
-                median, low, high = median_interval(per_round)
+            # Over a mix of lengths the median is over texts; its interval is over rounds.
+            median, low, high = median_interval([float(np.median([t for repeat in r for t in repeat])) for r in rounds])
             yield Row("latency p50", median, "ms", name, len(rounds), low, high, how, where)
             yield Row("latency p95", float(np.quantile(single, 0.95)), "ms", name, len(single), how=how, machine=where)
         else:

@@ -60,7 +60,8 @@ class Collected:
         """Take in one answer; examples without a reference answer are not scored."""
         _check_finite(answer)
         if task.metric and example.gold is not None:
-            self.statistics.append(task.statistics(example, answer.value))
+            found = task.statistics(example, answer.value)
+            self.statistics += [found] if found else []
         self.truncated += answer.truncated_tokens > 0
 
     @property
@@ -126,16 +127,13 @@ class Comparison:
         lost = dense - self.task.score(self.other)
         return (-lost if self.task.lower_is_better else lost) / dense
 
-    def rows(self) -> list[Row]:
-        """Return the comparison as rows."""
+    def rows(self, *, dense: bool = True) -> list[Row]:
+        """Return the comparison as rows; without `dense`, those of the other model alone."""
         rows = list(self._agreement_rows())
         if self.labelled:
-            rows = [
-                quality_row(self.task, self.dense, self.dense_name, self.data),
-                quality_row(self.task, self.other, self.name, self.data),
-                self._change_row(),
-                *rows,
-            ]
+            rows = [quality_row(self.task, self.other, self.name, self.data), self._change_row(), *rows]
+            if dense:
+                rows.insert(0, quality_row(self.task, self.dense, self.dense_name, self.data))
         return rows
 
     def _change_row(self) -> Row:

@@ -28,7 +28,7 @@ def markdown_table(rows: Iterable[Row]) -> str:
         facts.append(f"{label}: {_escaped(machine)}.")
     if measured.dates():
         facts.append(f"Measured {measured.dates()}.")
-    if any(row.low is not None for row in measured.rows):
+    if measured.intervals:
         facts.append("Values in brackets are 95 % intervals.")
     return "\n\n".join([*blocks, " ".join(facts)]).rstrip()
 

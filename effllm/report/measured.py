@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from effllm.errors import SettingError
 from effllm.report.text import plain
-from effllm.rows import Row
+from effllm.rows import PARENT, Row
 
 BATCH_NOTE = "† answers can depend on the other texts in the batch"
 _LOWER_IS_BETTER = ("loss", "perplexity")
@@ -50,12 +51,15 @@ class Measured:
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Measured:
         """Return what a report shows of `rows`."""
+        rows = list(rows)
+        _check_parents(rows)
         clean = [
             dataclasses.replace(
                 row,
                 metric=plain(row.metric),
                 unit=plain(row.unit),
                 system=plain(row.system) or "(no name)",
+                how={key: value for key, value in row.how.items() if key != PARENT},
                 machine=plain(row.machine),
                 low=_finite(row.low),
                 high=_finite(row.high),
@@ -75,6 +79,11 @@ class Measured:
         """The system that sizes are compared with: the dense ONNX Runtime one, else the first."""
         dense = [system for system in self.systems if "onnxruntime fp32" in system]
         return (dense or list(self.systems) or [""])[0]
+
+    @property
+    def intervals(self) -> list[Row]:
+        """The rows whose `low` and `high` bound a 95 % interval; where they bound something else, `how` says so."""
+        return [row for row in self.rows if row.low is not None and row.high is not None and "bounds" not in row.how]
 
     def label(self, system: str) -> str:
         """Return the system's name, with a dagger where its answers can depend on their batch."""
@@ -146,6 +155,18 @@ def plotted_groups(rows: Iterable[Row]) -> list[list[Row]]:
     """Return what stands for quality in a plot: the quality groups; without any, the agreement with dense."""
     rows = list(rows)
     return quality_groups(rows) or grouped(row for row in rows if row.metric in {"agreement", "cosine mean"})
+
+
+def _check_parents(rows: Iterable[Row]) -> None:
+    """Raise SettingError where forms of several models go by one name, as one would stand in the other's place."""
+    parents: dict[str, str] = {}
+    for row in rows:
+        parent = row.how.get(PARENT)
+        if parent and parents.setdefault(row.system, parent) != parent:
+            raise SettingError(
+                f"{row.system!r} is a form of {parents[row.system]} in some rows and of {parent} in others; "
+                "make a report of each model"
+            )
 
 
 def _finite(value: float | None) -> float | None:

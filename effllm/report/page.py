@@ -92,7 +92,7 @@ def _methods(measured: Measured) -> list[tuple[str, str]]:
 
 
 def _intervals(measured: Measured) -> str:
-    with_interval = [row for row in measured.rows if row.low is not None and row.high is not None]
+    with_interval = measured.intervals
     if not with_interval:
         return ""
     parts = ["[low, high] is a 95 % interval"]

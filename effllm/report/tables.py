@@ -75,7 +75,8 @@ def glance(measured: Measured) -> list[Table]:
     sizes = by_system(measured.rows, "model size") or by_system(measured.rows, "folder size")
     for suffix, rows in measured.places():
         load = main_load(rows)
-        quality = (quality_groups(rows) or quality_groups(measured.rows) or [[]])[0]
+        judged = rows if quality_groups(rows) else measured.rows
+        quality = (quality_groups(judged) or [[]])[0]
         if (bool(sizes) + bool(load) + bool(quality)) < 2 or (len(measured.machines) > 1 and not load):
             continue
         columns = [_size_column(measured, "size", sizes)]
@@ -85,7 +86,7 @@ def glance(measured: Measured) -> list[Table]:
             columns += [column for column in speed if column.header != "p95, ms"]
             notes = [" ".join([f"Speed: {text.conditions(load[0].how)}.", *notes])]
         if quality:
-            columns += _quality_columns(measured.rows, quality)
+            columns += _quality_columns(judged, quality)
             notes.append(f"Quality: {_quality_title([quality])}.")
         tables.append(_table(measured, "At a glance", suffix.lstrip(", "), columns, notes))
     return tables

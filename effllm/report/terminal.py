@@ -39,7 +39,7 @@ def terminal_table(rows: Iterable[Row]) -> Group:
         parts.append(Text(f"{label}: {machine}", style="dim"))
     if measured.dates():
         parts.append(Text(f"Measured: {measured.dates()}", style="dim"))
-    if any(row.low is not None for row in measured.rows):
+    if measured.intervals:
         parts.append(Text("[low, high]: 95 % interval", style="dim"))
     return Group(*parts)
 

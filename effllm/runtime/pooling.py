@@ -21,10 +21,14 @@ MODE_KEYS = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """How token states become one vector; the mean where the folder does not say."""
+    """How token states become one vector; the mean where the folder does not say.
+
+    `include_prompt` is for sentence-transformers, which then pools the tokens of a prompt too; effllm knows no prompts.
+    """
 
     mode: str = "mean"
     normalize: bool = False
+    include_prompt: bool = True
 
 
 def read_pooling(folder: Path) -> Pooling:
@@ -35,7 +39,7 @@ def read_pooling(folder: Path) -> Pooling:
     """
     modules = read_json(folder / "modules.json", [])
     _check_texts_stay(folder)
-    mode, normalize = "mean", False
+    mode, normalize, include_prompt = "mean", False, True
     for module in modules:
         if not isinstance(module, dict) or not isinstance(module.get("path", ""), str):
             raise ArtifactError(f"{folder / 'modules.json'} must list modules with a type and a path")
@@ -43,11 +47,12 @@ def read_pooling(folder: Path) -> Pooling:
         if kind == "Pooling":
             config = read_json(folder / module.get("path", "") / "config.json")
             mode = _mode(config, folder)
+            include_prompt = config.get("include_prompt") is not False
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
             raise Unsupported(f"{folder}: module {kind!r} is not supported (Transformer, Pooling and Normalize are)")
-    return Pooling(mode, normalize)
+    return Pooling(mode, normalize, include_prompt)
 
 
 def _check_texts_stay(folder: Path) -> None:

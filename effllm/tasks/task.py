@@ -109,7 +109,7 @@ class Task(ABC):
         raise NotImplementedError(f"{self.name} is not fine-tuned")
 
     def statistics(self, example: Example, answer: Any) -> tuple[float, ...]:
-        """Return the numbers of one example from which `score` and `metrics` are made."""
+        """Return the numbers of one example that `score` and `metrics` go by; none where it has no reference."""
         raise NotImplementedError(f"{self.name} has no metric")
 
     def score(self, statistics: np.ndarray) -> float:

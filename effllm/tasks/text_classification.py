@@ -47,8 +47,13 @@ def matthews(counts: np.ndarray) -> float:
 
 
 def gives_each_label(task: Task, head: Head) -> bool:
-    """Return whether a head gives every label a probability of its own, so that a text can have several or none."""
-    return isinstance(task, TextClassification) and head.problem_type == multi_label.MULTI_LABEL
+    """Return whether a head gives every label a probability of its own, so that a text can have several or none.
+
+    One output is a score, whatever the config calls it.
+    """
+    return (
+        isinstance(task, TextClassification) and head.problem_type == multi_label.MULTI_LABEL and len(head.labels) > 1
+    )
 
 
 class TextClassification(Task):

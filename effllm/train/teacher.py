@@ -19,7 +19,7 @@ def check_teacher(teacher: ModelFolder, student: ModelFolder, task: Task, head: 
     Raises ArtifactError where effllm wrote its folder and that is damaged.
     """
     check_whole(teacher.path)
-    several = teacher.config.get("problem_type") == MULTI_LABEL
+    several = teacher.config.get("problem_type") == MULTI_LABEL and len(teacher.labels) > 1
     if task.name == "text-classification" and several != gives_each_label(task, head):
         what = ("any number of labels", "one") if several else ("one label", "any number")
         raise SettingError(f"the teacher {teacher.path} gives a text {what[0]}, here it is given {what[1]}")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from effllm.errors import SettingError
 from effllm.measure.quality import quality_rows
 from effllm.tasks import TASKS, Example, Head
 from effllm.tasks.question_answering import Reference, answer_f1, exact_match
@@ -275,3 +276,12 @@ def test_words_that_no_model_read_are_no_agreement() -> None:
     first = {"tags": ["O", "B-X", "O", "O"], "scores": [0.9, 0.8, 0.0, 0.0]}
     second = {"tags": ["O", "O", "O", "O"], "scores": [0.9, 0.7, 0.0, 0.0]}
     assert TASKS["token-classification"].agreements(first, second) == [1.0, 0.0]
+
+
+def test_a_multi_label_head_with_one_output_is_a_score() -> None:
+    task, head = TASKS["text-classification"], Head(("toxic",), problem_type="multi_label_classification")
+    example = task.parse({"text": "x", "label": 0.7}, head, gold=True)
+    answer = task.decode(example, [], [{"logits": np.array([0.5], np.float32)}], head)
+    assert task.statistics(example, answer) == (0.5, 0.7, 0.0)
+    with pytest.raises(SettingError, match="no column 'label'"):
+        task.parse({"text": "x", "labels": ["toxic"]}, head, gold=True)
