@@ -204,17 +204,28 @@ def create(target: Path, *, force: bool = False) -> Iterator[Path]:
         _sync(staging)
         check_target(target, force=force)
         _publish(staging, target)
-    except OSError as error:
-        if error.errno not in WRITE_ERRORS:
+    except Exception as error:
+        code, where = _write_error(error)
+        if code not in WRITE_ERRORS:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        raise ArtifactError(f"cannot write {target}: {error.strerror}{where}; nothing was left behind") from error
+        raise ArtifactError(f"cannot write {target}: {os.strerror(code)}{where}; nothing was left behind") from error
     finally:
         if staging is not None:
             _remove(staging)
         with contextlib.suppress(OSError):
             for parent in new_parents:
                 parent.rmdir()  # fails, as it should, where the target is in it
+
+
+def _write_error(error: Exception) -> tuple[int, str]:
+    """Return the system's number of an error, 0 where it has none, and the file in words where it is known.
+
+    safetensors has a type of its own for files that it cannot write, with the number in its text.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0, f" ({error.filename})" if error.filename else ""
+    number = re.search(r"while serializing: I/O error: .*\(os error (\d+)\)", str(error))
+    return (int(number[1]), "") if number and type(error).__name__ == "SafetensorError" else (0, "")
 
 
 def _publish(staging: Path, target: Path) -> None:

@@ -14,9 +14,12 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from effllm import variant
 from effllm.errors import ArtifactError, SettingError
@@ -542,6 +545,20 @@ def test_a_full_disk_keeps_the_folder_that_was_to_be_replaced(small_disk: Path) 
         make(target, "x" * 300_000, force=True)
     assert text_of(target) == "old"
     assert names(small_disk) == ["small"]
+
+
+def test_weights_that_find_no_room_are_one_error(small_disk: Path) -> None:
+    """safetensors has an error of its own for this."""
+    message = r"cannot write .*small: No space left on device; nothing was left behind"
+    with pytest.raises(ArtifactError, match=message), create(small_disk / "small") as staging:
+        save_file({"weight": np.zeros(100_000)}, staging / "model.safetensors")
+    assert names(small_disk) == []
+
+
+def test_weights_that_cannot_be_read_are_no_error_of_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(SafetensorError), create(tmp_path / "small"):
+        load_file(tmp_path / "model.safetensors")
 
 
 def test_a_read_only_disk_is_one_error(small_disk: Path) -> None:

@@ -90,12 +90,14 @@ class PretrainStream:
 def evaluation_batches(
     samples: Samples, vocabulary: Vocabulary, seed: int = 0, batch_size: int = 64, limit: int | None = None
 ) -> Iterator[PackedBatch]:
-    """Yield the samples in their order, at most `limit` of them, masked as `EVALUATION` says in epoch 0."""
+    """Yield the samples, or `limit` of them that the seed draws, in order, masked as `EVALUATION` says in epoch 0."""
     if batch_size < 1:
         raise SettingError(f"batch_size must be at least 1, got {batch_size}")
-    count = len(samples) if limit is None else min(limit, len(samples))
-    for start in range(0, count, batch_size):
-        indices = np.arange(start, min(start + batch_size, count))
+    chosen = np.arange(len(samples))
+    if limit is not None and limit < len(samples):
+        chosen = np.sort(permuted(chosen[:limit], len(samples), seed, 0))
+    for start in range(0, len(chosen), batch_size):
+        indices = chosen[start : start + batch_size]
         epochs = np.zeros_like(indices)
         yield _batch(samples, vocabulary, EVALUATION, EVALUATION.rate, seed, epochs, indices)
 

@@ -158,9 +158,17 @@ def _parse_table(stream: IO[str], kind: str, path: Path) -> Iterator[tuple[int, 
                     message = "holds tabs and several lines in one field: a quotation mark opens it and is closed later"
                     raise ArtifactError(f"{path}:{start} {message}; double the marks that are text, or use .jsonl")
                 yield start, dict(zip(header, cells, strict=True))
-            header, start = header or cells, reader.line_num + 1
+            header, start = header or _header(cells, path), reader.line_num + 1
     except csv.Error as error:
         raise ArtifactError(f"{path}:{start} is not valid {kind[1:]}: {error}") from None
+
+
+def _header(cells: list[str], path: Path) -> list[str]:
+    """Return the names of the columns. Raises ArtifactError where two have one name."""
+    twice = [name for index, name in enumerate(cells) if name in cells[:index]]
+    if twice:
+        raise ArtifactError(f"{path} has two columns of the name {twice[0]!r}")
+    return cells
 
 
 def renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: object) -> dict[str, Any]:

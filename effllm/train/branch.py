@@ -54,7 +54,7 @@ class Trunk:
 
     def _check_stable(self) -> None:
         s, p = self.settings, self.progress
-        share = p.elapsed_s / s.seconds if s.seconds else (p.step + 0.5) / s.steps
+        share = (p.elapsed_s - p.first_s) / (s.seconds - p.first_s) if s.seconds else (p.step + 0.5) / s.steps
         factor = learning_rate_factor(s.schedule, share, s.warmup, s.decay)
         if factor != 1.0:
             raise SettingError(

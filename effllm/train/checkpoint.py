@@ -42,7 +42,7 @@ RUN = "run.json"
 class Progress:
     """Where a run stood at a checkpoint. `score`, larger is better, is what `best` goes by; None without evaluation.
 
-    `worse` counts the evaluations since the best one.
+    `worse` counts the evaluations since the best one; `first_s` is how long the first step took.
     """
 
     step: int
@@ -51,6 +51,7 @@ class Progress:
     best_step: int | None
     best_score: float | None
     worse: int = 0
+    first_s: float = 0.0
 
 
 def start_run(run: Path, identity: Mapping[str, Any], *, resume: bool, force: bool) -> None:
@@ -190,7 +191,7 @@ def restore(loop: Loop, checkpoint: Variant, progress: Progress) -> None:
     if (checkpoint.path / LOSSES).is_file():
         load_whole(loop.bare_model, load_file(checkpoint.path / LOSSES))
     load_state_tensors(loop.optimizer, loop.bare_model, load_file(checkpoint.path / OPTIMIZER))
-    loop.step, loop.elapsed_s = progress.step, progress.elapsed_s
+    loop.step, loop.elapsed_s, loop.first_s = progress.step, progress.elapsed_s, progress.first_s
 
 
 def _losses_weights(module: nn.Module) -> dict[str, Tensor]:

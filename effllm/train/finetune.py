@@ -138,8 +138,11 @@ def _runs(
     runs = {seed: work / f"seed-{seed}" for seed in range(settings.seed, settings.seed + seeds)}
     prepared = _prepare(goal, settings, accelerator, teacher)
     for seed, run in runs.items():
-        for record in _run(goal, prepared, run, dataclasses.replace(settings, seed=seed), accelerator):
-            yield FinetuneStep(seed, record)
+        try:
+            for record in _run(goal, prepared, run, dataclasses.replace(settings, seed=seed), accelerator):
+                yield FinetuneStep(seed, record)
+        finally:
+            accelerator.free_memory()  # it would keep every model and optimiser that it prepared
     if accelerator.is_main_process:
         step = {"verb": "finetune", "settings": to_json(settings), "seeds": seeds, "teacher": str(teacher or "")}
         content = {
@@ -151,7 +154,7 @@ def _runs(
             "train": {"examples": len(goal.train), "sha256": digest(goal.train)},
             "dev": {"data": goal.dev_name, "examples": len(goal.dev), "sha256": digest(goal.dev)},
         }
-        publish(target, list(runs.values()), content, settings.max_length, force=force)
+        publish(target, list(runs.values()), content, prepared.tokenizer.max_length, force=force)
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
 

@@ -98,6 +98,8 @@ class Loop:
     components: tuple[str, ...]
     step: int = 0
     elapsed_s: float = 0.0
+    first_s: float = 0.0
+    """How long the first step took, in which a model is compiled: under a time budget the schedule starts after it."""
 
     @property
     def bare_model(self) -> nn.Module:
@@ -118,6 +120,7 @@ class Loop:
             micro_batches = ahead or next(batches)
             waited = time.perf_counter() - began
             self.model.train()
+            self.elapsed_s = began - start  # an evaluation or a checkpoint may have come between
             rate = self._set_learning_rate()
             unread, counts, (tokens, masked, sequences) = self._backward(micro_batches)
             unread_norm = self._clip()
@@ -128,6 +131,8 @@ class Loop:
             self._update(sums, norm)
             self.step += 1
             self.elapsed_s = time.perf_counter() - start
+            if self.step == 1:
+                self.first_s = self.elapsed_s
             yield StepRecord(
                 step=self.step,
                 losses={c: float(s / n) if n else 0.0 for c, s, n in zip(self.components, sums, counts, strict=True)},
@@ -151,7 +156,10 @@ class Loop:
         """Return how much of the run is over, 0…1. Under a time budget the slowest process's clock counts."""
         if not self.settings.seconds:
             return self.step / self.settings.steps
-        share = torch.tensor(self.elapsed_s / self.settings.seconds, device=self.accelerator.device)
+        return self._share_of_time(self.elapsed_s, self.settings.seconds)
+
+    def _share_of_time(self, elapsed_s: float, whole_s: float) -> float:
+        share = torch.tensor(elapsed_s / whole_s if whole_s > 0 else 1.0, device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             share = self.accelerator.gather(share[None]).max()
         return min(1.0, float(share))
@@ -159,10 +167,13 @@ class Loop:
     def _set_learning_rate(self) -> float:
         """Set the rate of the step to come: the schedule's at its middle, or under a time budget at its beginning."""
         s = self.settings
-        progress = self._progress() if s.seconds else (self.step + 0.5) / s.steps
+        if s.seconds:
+            progress = self._share_of_time(self.elapsed_s - self.first_s, s.seconds - self.first_s)
+        else:
+            progress = (self.step + 0.5) / s.steps
         rate = s.learning_rate * learning_rate_factor(s.schedule, progress, s.warmup, s.decay)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+            group["lr"] = rate
         return rate
 
     def _batches(self) -> Iterator[list[MicroBatch]]:
@@ -200,7 +211,7 @@ class Loop:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
                     losses = self.model(**to_tensors(batch.arrays, self.accelerator.device))
-                self.accelerator.backward((losses * weights).sum())
+                (losses * weights).sum().backward()  # accelerate would divide by what its environment says
             sums += losses.detach().double()
         return self._sum_over_processes(sums), counts, (sizes[0], sizes[1], sizes[2])
 

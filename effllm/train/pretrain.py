@@ -21,7 +21,7 @@ from effllm.rows import Row
 from effllm.settings import to_json
 from effllm.train.attention import implementation, sequence_index
 from effllm.train.branch import Trunk, origin
-from effllm.train.checkpoint import Progress
+from effllm.train.checkpoint import CHECKPOINTS, Progress
 from effllm.train.devices import describe
 from effllm.train.lock import holding, take
 from effllm.train.loop import MicroBatch, StepRecord, to_tensors
@@ -122,12 +122,14 @@ def pretrain(
             raise SettingError(
                 f"{trunk.checkpoint.path} was not trained on {folder}; a branch keeps the data of its run"
             )
-    model = build_model(settings.model, vocabulary, settings.max_length, settings.objective, settings.seed)
+    begun = resume and any((target / CHECKPOINTS).glob("step-*"))
+    if not begun:  # before there is a folder
+        model = _built(trunk.checkpoint.path if trunk else settings.model, vocabulary, settings)
     checkpoint = open_run(target, identity, accelerator, resume=resume, force=force)
+    if checkpoint:
+        model = _built(checkpoint[0].path, vocabulary, settings)
     before = checkpoint[0].manifest["steps"][:-1] if checkpoint else trunk.checkpoint.manifest["steps"] if trunk else []
     checkpoint = checkpoint or start
-    if checkpoint:
-        model = build_model(str(checkpoint[0].path), vocabulary, settings.max_length, settings.objective, settings.seed)
     step = {"verb": "pretrain", "settings": to_json(settings), "attention": implementation()}
     run = Run(
         folder=target,
@@ -145,6 +147,10 @@ def pretrain(
         },
     )
     return holding(lock, train(run, accelerator, checkpoint))
+
+
+def _built(model: str | Path, vocabulary: Vocabulary, settings: PretrainSettings) -> Any:
+    return build_model(str(model), vocabulary, settings.max_length, settings.objective, settings.seed)
 
 
 @dataclass(frozen=True)

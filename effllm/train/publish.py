@@ -35,21 +35,18 @@ def write_result(run: Path) -> None:
     write_json(run / RESULT, result)
 
 
-def publish(
-    target: Path, runs: Sequence[Path], content: Mapping[str, Any], max_length: int = 0, *, force: bool
-) -> None:
+def publish(target: Path, runs: Sequence[Path], content: Mapping[str, Any], max_length: int, *, force: bool) -> None:
     """Write the best run's model to `target` with its log and the rows of all runs, which have their results.
 
-    `content` is the manifest's, without rows. The best run has the largest dev metric; the first one without any. With
-    `max_length` the folder's tokenizer cuts longer inputs, as it was trained and judged; 0 leaves it as it is.
+    `content` is the manifest's, without rows. The best run has the largest dev metric; the first one without any. The
+    folder's tokenizer cuts inputs to `max_length` tokens, as it was trained and judged.
     """
     results = [(run, json.loads((run / RESULT).read_text(encoding="utf-8"))) for run in runs]
     run, result = max(results, key=lambda pair: pair[1]["score"] if pair[1]["score"] is not None else 0.0)
     with create(target, force=force) as staging:
         _copy_model(run / CHECKPOINTS / result["checkpoint"], staging)
-        if max_length:
-            file = staging / "tokenizer_config.json"
-            write_json(file, {**read_json(file, {}), "model_max_length": max_length})
+        file = staging / "tokenizer_config.json"
+        write_json(file, {**read_json(file, {}), "model_max_length": max_length})
         (staging / "training").mkdir()
         shutil.copyfile(run / LOG, staging / "training" / LOG)
         rows = [Row.from_json(row) for row in result["rows"]]

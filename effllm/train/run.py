@@ -236,6 +236,7 @@ class _Keeper:
             best_step=record.step if better else before.best_step,
             best_score=score if better else before.best_score,
             worse=self.worse,
+            first_s=self.loop.first_s,
         )
         rows = evaluation.rows if evaluation else []
         manifest = {**self.run.manifest, "rows": [row.to_json() for row in rows], "notes": []}

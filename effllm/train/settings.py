@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,6 +53,9 @@ class LoopSettings:
     keep: int = field(default=2, metadata={"help": "checkpoints to keep, besides the best"})
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
         at_least = {"batch_size": 1, "accumulate": 1, "log_every": 1, "keep": 1, "steps": 0, "save_every": 0}
         for name, least in {**at_least, "seconds": 0, "workers": 0, "clip": 0, "weight_decay": 0, "seed": 0}.items():
             if getattr(self, name) < least:

@@ -267,6 +267,18 @@ class SupervisedModel(nn.Module):
             sums.append(self.distillation(seen, teacher, mask, rows))
         return torch.cat(sums) * torch.tensor(self._weights, device=mask.device)
 
+    def reached(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[nn.Parameter]]:
+        """Return a number that depends on what the losses of ids (n, S) depend on, and the parameters to try.
+
+        With a loss on the labels or the logits it is the sum of the outputs, and the parameters are the model's.
+        """
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        if not {"label", "logits"} & {*self.components}:
+            return self(**given).sum(), [p for p in self.parameters() if p.requires_grad]
+        seen = observe(self.model, {name: given[name] for name in self._takes}, self._task.outputs, frozenset())
+        total = torch.stack([output.float().sum() for output in seen.outputs.values()]).sum()
+        return total, [p for p in self.model.parameters() if p.requires_grad]
+
     @property
     def terms(self) -> Terms:
         """How many terms each component's sum has."""
@@ -281,16 +293,13 @@ class SupervisedModel(nn.Module):
 
 
 def freeze_unreached(module: SupervisedModel) -> None:
-    """Freeze what no loss reaches: the head, and more of the last layer, where only states inside are distilled.
+    """Freeze what no loss reaches: a pooler that the task does not use, or the head where only states are distilled.
 
     Processes that average gradients (DDP) wait for one of every parameter that is not frozen.
     """
-    if {"label", "logits"} & {*module.components}:
-        return
     probe, training = torch.zeros(1, 4, dtype=torch.int64), module.training
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    losses = module.eval()(probe, torch.ones_like(probe), probe)
-    gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    total, parameters = module.eval().reached(probe)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     module.train(training)

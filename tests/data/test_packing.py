@@ -156,8 +156,14 @@ def test_evaluation_can_be_limited() -> None:
     samples = stream().samples
     whole = joined(list(evaluation_batches(samples, samples.vocabulary)))
     few = joined(list(evaluation_batches(samples, samples.vocabulary, batch_size=4, limit=10)))
-    assert np.array_equal(few.lengths, whole.lengths[:10])
-    assert np.array_equal(few.input_ids, whole.input_ids[: len(few.input_ids)])
+    ends = np.cumsum(whole.lengths)
+    texts = [whole.input_ids[end - length : end].tolist() for end, length in zip(ends, whole.lengths, strict=True)]
+    ends = np.cumsum(few.lengths)
+    drawn = [few.input_ids[end - length : end].tolist() for end, length in zip(ends, few.lengths, strict=True)]
+    places = [texts.index(text) for text in drawn]
+    assert places == sorted(set(places))
+    assert len(places) == 10
+    assert places != list(range(10)), "those at the beginning may all be of one kind"
     assert len(joined(list(evaluation_batches(samples, samples.vocabulary, limit=10**9))).lengths) == len(samples)
 
 

@@ -118,6 +118,10 @@ def test_whole_surrogate_pairs_and_escaped_backslashes_are_text(tmp_path: Path) 
     assert [record for _, record in read_records(path)] == [{"text": "😀 \\ud83d"}]
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    assert "a.csv has two columns of the name 'label'" in refused(file(tmp_path, "a.csv", "text,label,label\na,1,2\n"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import shutil
@@ -175,6 +176,31 @@ def test_the_length_that_was_asked_for_is_the_folders(base: Path, tmp_path: Path
     with pytest.raises(SettingError, match=f"takes {most} tokens, --max-length is {most + 1}"):
         run(base, tmp_path / "long", "text-classification", file, settings={"max_length": most + 1})
     assert not (tmp_path / "long").exists()
+
+
+def test_a_folder_takes_what_it_was_trained_with(base: Path, tmp_path: Path) -> None:
+    """Not the thousands of tokens that a model may take, of which training sees 512."""
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    short = make_model(tmp_path / "short", "modernbert", "feature-extraction")
+    long = with_config(short, tmp_path / "long", max_position_embeddings=2048)
+    limits = long / "tokenizer_config.json"
+    limits.write_text(json.dumps(json.loads(limits.read_text()) | {"model_max_length": 2048}))
+    assert open_folder(long).max_length == 2048
+    run(long, tmp_path / "out", "text-classification", file, dev=file)
+    assert effllm.Variant.open(tmp_path / "out").manifest["max_length"] == 512
+    assert open_folder(tmp_path / "out").max_length == 512
+
+
+def test_no_model_of_a_seed_before_is_kept_in_memory(base: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", classified())
+    settings = FinetuneSettings(epochs=1.0, batch_size=8)
+    alive = []
+    for step in finetune(base, tmp_path / "out", task="text-classification", train=file, settings=settings, seeds=3):
+        if step.record.step == 1:
+            gc.collect()
+            alive.append(sum(type(t) is transformers.BertForSequenceClassification for t in gc.get_objects()))
+    assert len(alive) == 3
+    assert max(alive) == min(alive)
 
 
 def test_a_trained_folder_compresses_and_keeps_its_labels(base: Path, tmp_path: Path) -> None:

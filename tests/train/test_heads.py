@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, LABELS, make_model
 
 from effllm.folder import open_folder
@@ -52,6 +53,17 @@ def test_as_many_other_labels_get_a_new_last_layer(architecture: str, tmp_path: 
     assert not any(torch.isclose(a, b).any() for a, b in zip(kept.values(), drawn.values(), strict=True))
     assert 0 < float(weight.detach().std()) < 0.3
     assert not bias.detach().any()
+
+
+def test_a_pooler_that_a_task_does_not_use_is_frozen() -> None:
+    """SqueezeBERT always has one; two processes would wait for its gradient."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.SqueezeBertConfig(vocab_size=50, embedding_size=16, num_labels=3, **shape)
+    model = transformers.SqueezeBertForTokenClassification(config)
+    module = SupervisedModel(model, TASKS["token-classification"], Head(("a", "b", "c")), FinetuneSettings())
+    freeze_unreached(module)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"transformer.pooler.dense.weight", "transformer.pooler.dense.bias"}
 
 
 def test_numbers_are_the_places_of_the_folders_labels(classifier: Path) -> None:

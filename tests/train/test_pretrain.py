@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
+import math
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ import torch
 import transformers
 from conftest import make_model
 from runs import BASE, assert_same_run, assert_same_trace, command, finish, settings, trace, weights
+from safetensors import SafetensorError
 
 import effllm
 from effllm.cli import main
@@ -168,7 +169,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 
     def full(*arguments, **more):
         if next(saves) == 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         before(*arguments, **more)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
@@ -214,6 +215,37 @@ def test_pair_objectives_train(tokens: Path, tmp_path: Path, objective: str) -> 
     assert 0.3 < last.losses[objective.removeprefix("mlm+")] < 2
 
 
+def test_under_a_time_budget_the_schedule_starts_after_the_first_step() -> None:
+    """In which a model is compiled: that can take longer than the warm-up."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    timed = settings(steps=0, seconds=600.0, warmup=0.1, learning_rate=1.0)
+    loop = loops.Loop(alone, torch.nn.Identity(), optimizer, None, timed, (), step=1, elapsed_s=100.0, first_s=100.0)
+    assert loop._set_learning_rate() == 0.0
+    loop.elapsed_s = 125.0
+    assert loop._set_learning_rate() == pytest.approx(0.5)
+    assert loop._progress() == pytest.approx(125 / 600)
+
+
+def test_what_the_environment_says_changes_no_gradient(
+    tokens: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    finish(tokens, tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_run_goes_on_without_the_model_that_it_started_from(tokens: Path, whole: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(whole / "last", start)
+    finish(tokens, tmp_path / "whole", model=str(start), steps=6)
+    for _ in zip(range(4), pretrain(tokens, tmp_path / "run", settings(model=str(start), steps=6)), strict=False):
+        pass
+    shutil.rmtree(start)
+    finish(tokens, tmp_path / "run", model=str(start), steps=6, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_a_budget_of_seconds_ends_the_run_and_takes_the_schedule_along(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +264,8 @@ def test_a_budget_of_seconds_ends_the_run_and_takes_the_schedule_along(
         ({"seconds": 5.0}, "not both"),
         ({"beta1": 1.5}, "beta1"),
         ({"epsilon": 0.0}, "epsilon"),
+        ({"clip": math.nan}, "--clip must be a finite number, got nan"),
+        ({"steps": 0, "seconds": math.inf}, "--seconds must be a finite number, got inf"),
         ({"eval_limit": -1}, "eval-limit"),
         ({"model": "modern-tiny", "objective": "mlm+sop"}, "needs a sentence-pair head"),
         ({"batch_size": 100_000}, "smaller than one batch"),
