@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from effllm.errors import SettingError
+
 PACKAGES = ("effllm", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "openvino", "numpy")
 
 
@@ -92,6 +94,22 @@ def describe() -> str:
     """Return the machine in one line, as rows carry it."""
     cores = usable_cores()
     return f"{cpu_name()} ({instruction_set().name}), {cores} core{'s' * (cores > 1)}, {platform.system()}"
+
+
+OTHER_FILES = 64
+"""What a process has open besides: its libraries, the event loop, logs."""
+
+
+def take_files(wanted: int, what: str) -> None:
+    """Raise this process's limit of open files to the highest that it may have.
+
+    Raises SettingError where that is below `wanted`, which `what` needs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and wanted + OTHER_FILES > hard:
+        raise SettingError(f"{what}: that takes {wanted} open files, and this process may have {hard}; see ulimit -n")
 
 
 def versions() -> dict[str, str]:

@@ -33,9 +33,9 @@ LEAF_ARROWS = {
     "settings": {"errors"},
     "rows": {"errors", "files"},
     "files": set(),
-    "machine": set(),
+    "machine": {"errors"},
     "progress": set(),
-    "folder": {"errors"},
+    "folder": {"errors", "variant"},
     "variant": {"errors", "machine", "rows"},
     "hf": {"errors", "folder", "tasks"},
     "tasks": {"errors", "folder", "runtime"},  # runtime's Encoding, for type checkers only

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import itertools
+import resource
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from effllm.machine import OTHER_FILES
 from effllm.measure.apis import Endpoint, is_json
 from effllm.measure.http_client import Client, NotHttp
 from effllm.measure.server_settings import Load
@@ -134,10 +136,16 @@ async def _closed_loop(state: _State) -> None:
             await asyncio.sleep(hold_off)
 
 
+def most_in_flight() -> int:
+    """Return how many requests of an open loop may wait at a time: each needs an open file of this process."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_IN_FLIGHT if soft == resource.RLIM_INFINITY else max(1, min(MOST_IN_FLIGHT, soft - OTHER_FILES))
+
+
 async def _open_loop(state: _State) -> None:
     """Send each request when it is due, whatever became of the others; return when all are done."""
     load = state.load
-    places = asyncio.Semaphore(MOST_IN_FLIGHT)
+    places = asyncio.Semaphore(most_in_flight())
     flying: set[asyncio.Task[Any]] = set()
 
     async def _one(due_s: float) -> None:

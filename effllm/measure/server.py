@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from effllm.errors import CheckFailed, SettingError
+from effllm.errors import CheckFailed
+from effllm.machine import take_files
 from effllm.measure.apis import EMBEDDING, Endpoint, ask, find_endpoint
 from effllm.measure.drive import run_async, send_load
 from effllm.measure.http_client import Client, Server
@@ -17,7 +17,6 @@ from effllm.progress import Track, silent
 from effllm.rows import Row
 from effllm.settings import read_key
 
-OTHER_FILES = 64
 """The open files of the client besides its connections, at most."""
 
 
@@ -45,7 +44,8 @@ def bench_server(
     Raises ArtifactError before any load when the server cannot be used, and CheckFailed, after the rows of what was
     counted, when it stopped answering in the middle.
     """
-    _take_sockets(max((load.clients for load in settings.loads()), default=0))
+    clients = max((load.clients for load in settings.loads()), default=0)
+    take_files(clients, f"--clients {clients}")
     server = Server.of(settings.url, read_key("--key-file", settings.key_file) if settings.key_file else "")
     endpoint = run_async(_endpoint(settings, server, sets[0].texts[0], task))
     system = settings.name or " ".join(filter(None, (server.name, settings.model)))
@@ -61,17 +61,6 @@ def bench_server(
         yield from run.rows(system, {**how, "seconds": settings.seconds}, within_ms)
         if run.died:
             raise CheckFailed(f"{system} stopped answering under {load.name}, {run.seconds:.1f} s into the measurement")
-
-
-def _take_sockets(clients: int) -> None:
-    """Raise this process's limit of open files to the highest that it may have. Raises SettingError below `clients`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY and clients + OTHER_FILES > hard:
-        raise SettingError(
-            f"--clients {clients} need as many open files, and this process may have {hard}; see ulimit -n"
-        )
 
 
 async def _endpoint(settings: ServerSettings, server: Server, text: str, task: str) -> Endpoint:

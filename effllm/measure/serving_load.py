@@ -44,6 +44,11 @@ class Sent(NamedTuple):
         return self.outcome.startswith("2")
 
     @property
+    def waited(self) -> bool:
+        """Whether its time counts: it has its answer, or the client gave up waiting for one."""
+        return self.answered or self.outcome == TIMED_OUT
+
+    @property
     def latency_ms(self) -> float:
         """The time from when it was due until it was done."""
         return (self.done_s - self.due_s) * 1e3
@@ -74,7 +79,8 @@ class LoadRun:
         """Return the rows of a run.
 
         `throughput served` and `goodput` count texts whose answers came in the time that counts, goodput those within
-        `within_ms`; latencies are of the answered requests that were due in it. The intervals resample twentieths of
+        `within_ms`; latencies are of the requests that were due in it and were answered or given up, these with the
+        time that they had waited. The intervals resample twentieths of
         that time, whole, as neighbouring requests are not independent. `send delay p99` is how late the client was with
         its own schedule: where it is not small against the latencies, the client was the limit.
         """
@@ -106,8 +112,8 @@ class LoadRun:
         ]
 
     def _latencies(self, system: str, how: Mapping[str, Any]) -> list[Row]:
-        answered = [one for one in self.counted() if one.answered]
-        if not answered:
+        answered = [one for one in self.counted() if one.waited]
+        if not any(one.answered for one in answered):
             return []
         blocks: list[list[float]] = [[] for _ in range(BLOCKS)]
         for one in answered:

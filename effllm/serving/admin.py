@@ -32,7 +32,7 @@ async def live(shared: Shared, call: Call, body: None) -> Reply:
 
 
 async def ready(shared: Shared, call: Call, body: None) -> Reply:
-    """Return that all models answer; 503 while one does not, or the server drains."""
+    """Return that all models answer; 503 while one does not."""
     if not shared.models.ready:
         waiting = [name for name, model in shared.models.models.items() if not model.ready]
         raise NotReady(f"not ready: {', '.join(waiting) or 'draining'}")

@@ -59,7 +59,7 @@ class Admission:
         self.shared = shared
         self.operations = operations
         self._queues = _queues(shared, operations)
-        self._counted: Counter[tuple[str, int]] = Counter()
+        self._counted: Counter[tuple[str, str, int]] = Counter()
         self._counting = False
 
     def refusal(self, scope: dict[str, Any]) -> Reply | None:
@@ -107,6 +107,10 @@ class Admission:
             self.shared.metrics.done(call.template, status, seconds)
         _log(call, status, seconds)
 
+    def note_connection(self, status: int) -> None:
+        """Count a connection that was refused before it had a request, and log it as refusals are."""
+        self._note_refusal(Call("-", "-", "", {}, time.perf_counter(), template="connection"), status)
+
     def _note_refusal(self, call: Call, status: int) -> None:
         """Count a refusal. The log gets the first, and a line for all that follow within a second.
 
@@ -115,15 +119,15 @@ class Admission:
         seconds = time.perf_counter() - call.started
         self.shared.metrics.done(call.template, status, seconds)
         if self._counting:
-            self._counted[call.template, status] += 1
+            self._counted[call.method, call.template, status] += 1
             return
         self._counting = True
         asyncio.get_running_loop().call_later(SUMMARY_S, self._log_counted)
         _log(call, status, seconds)
 
     def _log_counted(self) -> None:
-        for (template, status), count in self._counted.items():
-            log.info("- POST %s %d requests=%d", template, status, count)
+        for (method, template, status), count in self._counted.items():
+            log.info("- %s %s %d requests=%d", method, template, status, count)
         self._counted.clear()
         self._counting = False
 

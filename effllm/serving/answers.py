@@ -14,8 +14,11 @@ from effllm.tasks.token_classification import entities
 
 MASKS = re.compile(r"\[MASK\]|<mask>")
 """A masked place, however the model writes it."""
-WORDS = re.compile(r"\w(?:\S*\w)?|[^\w\s]+")
-"""Words, and the punctuation around them apart, as the data of entity taggers have them."""
+HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_RUN = rf"(?:(?![{HAN}])\w)+"
+WORDS = re.compile(rf"[{HAN}]|{_RUN}(?:(?:[.'’&-]|(?<=\d),(?=\d)){_RUN})*|[^\w\s]+")
+"""Words, and the punctuation around them apart, as the data of entity taggers have them. What joins the parts of a word
+(`Jean-Luc`, `U.S`, `3,000`) stays in it; a Chinese character is a word."""
 
 
 def sigmoid(x: float) -> float:

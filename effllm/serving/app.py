@@ -17,7 +17,7 @@ try:
 
     from effllm.serving import documents, forms
     from effllm.serving.admission import Admission
-    from effllm.serving.exchange import RELEASE, Operation, Receive, Send, Shared
+    from effllm.serving.exchange import RELEASE, Operation, Receive, Reply, Send, Shared
     from effllm.serving.gate import CALL, Gate, send_reply
     from effllm.serving.metrics import Metrics
     from effllm.serving.operations import operations
@@ -82,9 +82,12 @@ class _Endpoint:
         call = scope[CALL]
         call.template = self._operation.path
         call.parameters = scope["path_params"]
-        reply = await self._operation(self._shared, call, receive)
-        with self._shared.unread.holding(len(reply.content)):
-            await send_reply(reply, send)
+
+        async def give(reply: Reply) -> None:
+            with self._shared.unread.holding(len(reply.content)):
+                await send_reply(reply, send)
+
+        await self._operation(self._shared, call, receive, give)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -24,6 +24,7 @@ from effllm.serving.exchange import Reply
 from effllm.serving.settings import ServeSettings
 
 MAX_HEAD = 65536
+TOO_LARGE = (b"431 Request Header Fields Too Large", b"the head of the request is too large")
 LINGER = 2.0
 MIN_RATE = 50_000
 """Bytes a second that a client should read of an answer: it has `timeout` seconds, and the time that this takes."""
@@ -34,11 +35,19 @@ Refusal = Callable[[dict[str, Any]], Reply | None]
 """What a request of an ASGI scope is refused with; the scope holds what the head does."""
 
 
-def guarded(settings: ServeSettings, refuse: Refusal) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol with the limits of these settings, and what refuses a request for its head."""
+Note = Callable[[int], None]
+"""What is told the status of a connection that is refused before it has a request."""
+
+
+def guarded(settings: ServeSettings, refuse: Refusal, tell: Note) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with the limits of these settings.
+
+    `refuse` refuses a request for its head; `tell` is told of what is refused before there is one.
+    """
 
     class Guarded(_Guarded):
         refusal = staticmethod(refuse)
+        note = staticmethod(tell)
         read_timeout = settings.read_timeout
         max_connections = settings.max_connections
         write_timeout = settings.timeout
@@ -50,6 +59,7 @@ class _Guarded(HttpToolsProtocol):
     """One connection."""
 
     refusal: Refusal
+    note: Note
     read_timeout: float
     max_connections: int
     write_timeout: float
@@ -58,6 +68,7 @@ class _Guarded(HttpToolsProtocol):
     _read_by: float | None = None
     _in_body = False
     _head_bytes = 0
+    _fields_bytes = 0
     _refused = False
     _running: RequestResponseCycle | None = None
 
@@ -120,17 +131,34 @@ class _Guarded(HttpToolsProtocol):
         if self._in_body:
             self.transport.abort()
         else:
-            self._refuse(b"431 Request Header Fields Too Large", b"the head of the request is too large")
+            self._refuse(*TOO_LARGE)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP."""
+        self._refuse(b"400 Bad Request", b"this is not a request of HTTP")
+
+    def on_message_begin(self) -> None:
+        """Begin to count what a head holds: one that comes in a single packet is known only when it is parsed."""
+        super().on_message_begin()
+        self._fields_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the path."""
+        super().on_url(url)
+        self._fields_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; those that follow a body in chunks are dropped."""
         if not self._in_body:
             super().on_header(name, value)
+            self._fields_bytes += len(name) + len(value)
 
     def on_headers_complete(self) -> None:
         """Refuse the request, or hand it to the app."""
         if len(self.pipeline) >= MAX_PIPELINED:
             self.transport.abort()
+        if self._fields_bytes > MAX_HEAD:
+            self._refuse(*TOO_LARGE)
         if self.transport.is_closing():
             self._refused = True  # and so are its body and all that follow in the same packet
             return
@@ -225,6 +253,7 @@ class _Guarded(HttpToolsProtocol):
         self._stop()
         if self.transport.is_closing():
             return
+        self.note(int(status[:3]))
         body = b'{"error":"%s","error_type":"%s"}' % (message, b"Overloaded" if headers else b"Validation")
         self.transport.write(
             b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%s\r\n%s"

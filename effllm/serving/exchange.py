@@ -7,10 +7,11 @@ that neither can tell another story than the other.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ import pydantic
 
 from effllm.serving.forms import Api, ClientGone, HttpError
 from effllm.serving.metrics import Metrics
+from effllm.serving.refusals import BadInput
 from effllm.serving.served import Answers, Models, ServedModel
 from effllm.serving.settings import ServeSettings
 from effllm.serving.unread import Unread
@@ -81,6 +83,8 @@ class Shared:
 
 
 Answerer = Callable[[Shared, Call, Any], Awaitable[Reply]]
+Give = Callable[[Reply], Awaitable[None]]
+"""Sends an answer to the client."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,14 @@ class Operation:
     untyped_body: bool = False
     queued: bool = False
 
-    async def __call__(self, shared: Shared, call: Call, receive: Receive) -> Reply:
-        """Read and check the body, and answer. The call ends with `ClientGone` when the client closes meanwhile."""
+    async def __call__(self, shared: Shared, call: Call, receive: Receive, give: Give) -> None:
+        """Read and check the body, and give the answer.
+
+        The task is cancelled, and the call `gone`, when the client closes before all of it is on its way.
+        """
         if self.method != "POST":
-            return await self.answer(shared, call, None)
+            await give(await self.answer(shared, call, None))
+            return
         if self.body is not None:
             if b"inference-header-content-length" in call.headers:
                 message = "the binary data extension is not spoken here; send tensors as JSON"
@@ -117,7 +125,7 @@ class Operation:
         value = parse(self.body, content) if self.body is not None else None
         watcher = asyncio.create_task(_watch(receive, call, asyncio.current_task()))
         try:
-            return await self.answer(shared, call, value)
+            await give(await self.answer(shared, call, value))
         finally:
             watcher.cancel()
 
@@ -252,6 +260,16 @@ def check_texts(settings: ServeSettings, count: int, texts: Sequence[str], name:
     for text in texts:
         if not text:
             raise HttpError(400, "empty", f"a text of {name} is empty", param=name)
+
+
+@contextlib.contextmanager
+def placed(field: Callable[[int], str]) -> Iterator[None]:
+    """Name the field of an input that is refused, from its index; without this it is `inputs.INDEX`."""
+    try:
+        yield
+    except BadInput as error:
+        error.field = field(error.index)
+        raise
 
 
 async def ask(

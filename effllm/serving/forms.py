@@ -74,12 +74,8 @@ TEI_TYPES = {"empty": "Empty", "queue_full": "Overloaded", "deadline_passed": "O
 """The causes whose TEI type is not that of their status: Validation below 500, Backend from 500 on."""
 
 
-INPUTS = {"/v1/embeddings": "input", "/rerank": "texts"}
-"""What the inputs are called in the bodies of paths where that is not `inputs`."""
-
-
-def of_refusal(refused: refusals.Refused, path: str = "") -> HttpError:
-    """Return what a refusal of a request to a path is in HTTP.
+def of_refusal(refused: refusals.Refused) -> HttpError:
+    """Return what a refusal is in HTTP.
 
     A full queue carries Retry-After, whole seconds from 1 on.
     """
@@ -88,10 +84,7 @@ def of_refusal(refused: refusals.Refused, path: str = "") -> HttpError:
         headers["retry-after"] = str(max(1, math.ceil(min(refused.retry_after_s, 3600))))
     if isinstance(refused, (refusals.NotReady, refusals.WorkerDied)):
         headers["retry-after"] = "1"
-    param = ""
-    if isinstance(refused, refusals.BadInput):
-        name = next((name for end, name in INPUTS.items() if path.endswith(end)), "inputs")
-        param = f"{name}.{refused.index}"
+    param = refused.field if isinstance(refused, refusals.BadInput) else ""
     code = next((CODES[kind] for kind in type(refused).__mro__ if kind in CODES), "failed")
     return HttpError(refused.status, code, message, param=param, headers=headers)
 

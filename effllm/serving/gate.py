@@ -1,6 +1,7 @@
 """What every request passes: its id, the key, errors in the form of its API, one line in the log, the counters.
 
-Plain ASGI around the whole app, so that nothing that answers can leave it out.
+Plain ASGI around the whole app, so that nothing in it that answers can leave it out. What a connection refuses before
+there is a request (`connections`) is counted and logged there.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Gate:
         try:
             await self._admitted(scope, call, receive, send, status)
         except (Refused, HttpError) as error:
-            shown = of_refusal(error, call.template) if isinstance(error, Refused) else error
+            shown = of_refusal(error) if isinstance(error, Refused) else error
             await send_reply(error_reply(call, shown), send)
         except ClientGone:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -10,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from effllm.folder import open_folder
@@ -18,7 +20,7 @@ from effllm.serving.scheduler import Scheduler
 from effllm.serving.served import EMBEDDING, POOLED, TOKEN_STATES, Answers, ModelInfo, Result, TokenPiece
 from effllm.serving.settings import ServeSettings
 from effllm.serving.tokenising import Tokenising
-from effllm.serving.worker import Hello, Piece, PieceFailed, Ran, Worker, WorkerSettings, answer
+from effllm.serving.worker import Hello, Piece, PieceFailed, Ran, Worker, WorkerSettings, answer, check_same
 from effllm.tasks import TASKS, Example
 
 T = TypeVar("T")
@@ -78,7 +80,7 @@ class Instance:
         self._head = hello.head
         self._settings = settings
         self._worker_settings = worker_settings
-        self._tokenising = Tokenising(open_folder(worker_settings.folder, weights=False), hello.info)
+        self._tokenising = _tokenising(worker_settings.folder, hello)
         self._scheduler = Scheduler(settings.max_tokens, mix=not hello.info.batch_dependent)
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
@@ -96,8 +98,19 @@ class Instance:
     @classmethod
     async def open(cls, worker_settings: WorkerSettings, settings: ServeSettings) -> Instance:
         """Start a worker and wait until its model is loaded. Raises what keeps it from loading."""
-        worker, hello = await asyncio.to_thread(_start, worker_settings)
-        return cls(hello, worker, worker_settings, settings)
+        starting = asyncio.ensure_future(asyncio.to_thread(_start, worker_settings))
+        try:
+            worker, hello = await asyncio.shield(starting)
+        except asyncio.CancelledError:  # the thread goes on, and what it started must be ended
+            with contextlib.suppress(Exception):
+                worker, _ = await starting
+                worker.close()
+            raise
+        try:
+            return cls(hello, worker, worker_settings, settings)
+        except BaseException:
+            worker.close()
+            raise
 
     @property
     def ready(self) -> bool:
@@ -308,7 +321,7 @@ class Instance:
     def _take(self, hello: Hello) -> None:
         """Answer with what stands in the folder now: the model before it is gone with its worker."""
         before = self._tokenising
-        self._tokenising = Tokenising(open_folder(self._worker_settings.folder, weights=False), hello.info)
+        self._tokenising = _tokenising(self._worker_settings.folder, hello)
         logger.warning("the folder of %s was replaced; its new model serves from now on", self.info.name)
         self.info, self._head = hello.info, hello.head
         before.close()
@@ -322,6 +335,13 @@ class Instance:
         self._scheduler.remove(number)
         if request is not None and not request.done.done():
             request.done.set_exception(refusal)
+
+
+def _tokenising(folder: Path, hello: Hello) -> Tokenising:
+    """Return the tokenizer of the folder that a worker loaded. Raises ArtifactError where it was replaced since."""
+    found = Tokenising(open_folder(folder, weights=False), hello.info)
+    check_same(folder, hello.info.manifest)
+    return found
 
 
 async def _within(seconds: float, answer: Awaitable[T]) -> T:

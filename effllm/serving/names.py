@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -38,10 +39,15 @@ def _split(argument: str) -> tuple[str, Path]:
     """Return the name, empty if none is given, and the folder; a folder whose own name holds `=` stays whole."""
     name, equals, folder = argument.partition("=")
     if not equals or "/" in name or Path(argument).is_dir():
-        return "", Path(argument).resolve()
+        return "", _absolute(argument)
     if not NAME.fullmatch(name):
         raise SettingError(f"{name!r} cannot be a model's name (letters, digits, . _ -)")
-    return name, Path(folder).resolve()
+    return name, _absolute(folder)
+
+
+def _absolute(folder: str) -> Path:
+    """Return a folder's absolute path. Links stay: a reload follows one to where it leads then."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() follows links
 
 
 def _clean(name: str) -> str:

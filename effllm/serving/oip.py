@@ -10,7 +10,7 @@ import orjson
 import pydantic
 from typing_extensions import TypeAliasType
 
-from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, timings
+from effllm.serving.exchange import RELEASE, Call, Reply, Shared, ask, check_texts, json_reply, placed, timings
 from effllm.serving.forms import HttpError
 from effllm.serving.refusals import UnknownModel
 from effllm.serving.served import EMBEDDING, Answers, ModelInfo, ServedModel
@@ -178,8 +178,10 @@ async def infer(shared: Shared, call: Call, body: InferRequest) -> Reply:
     texts = [part for e in examples for part in (e.text, e.text_pair) if isinstance(part, str)]
     check_texts(shared.settings, len(examples), texts)
     embedding = task in EMBEDDING
-    answers = await ask(shared, call, model, prepared(task, examples), task=EMBEDDING[0] if embedding else "")
-    outputs = _outputs(info, examples, answers)
+    place = next(index for index, tensor in enumerate(body.inputs) if tensor.name == "text")
+    with placed(lambda index: f"inputs.{place}.data.{index}"):
+        answers = await ask(shared, call, model, prepared(task, examples), task=EMBEDDING[0] if embedding else "")
+        outputs = _outputs(info, examples, answers)
     wanted = [choice.name for choice in body.outputs or []] or list(outputs)
     for index, name in enumerate(wanted):
         if name not in outputs:

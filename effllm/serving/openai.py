@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from effllm.serving.exchange import Call, Reply, Shared, ask, check_texts, json_reply, timings
+from effllm.serving.exchange import Call, Reply, Shared, ask, check_texts, json_reply, placed, timings
 from effllm.serving.forms import HttpError
 from effllm.serving.served import EMBEDDING
 from effllm.serving.tei import any_model, check_dimensions, shortened
@@ -83,7 +83,8 @@ async def embeddings(shared: Shared, call: Call, body: EmbeddingsRequest) -> Rep
     check_texts(shared.settings, len(texts), texts, "input")
     model = shared.models.find(body.model, *EMBEDDING)
     check_dimensions(model, body.dimensions)
-    answers = await ask(shared, call, model, [Example(text) for text in texts], task=EMBEDDING[0])
+    with placed("input.{}".format):
+        answers = await ask(shared, call, model, [Example(text) for text in texts], task=EMBEDDING[0])
     vectors = shortened([result.value for result in answers.results], body.dimensions)
     shown: Any = vectors
     if body.encoding_format == "base64":

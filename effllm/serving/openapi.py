@@ -18,7 +18,7 @@ ABOUT = """Encoder models over HTTP, on the APIs that people already call: Text 
 embeddings, and the Open Inference Protocol v2.
 
 With a key configured, all paths but /health, /v2/health and the page need `Authorization: Bearer KEY`. Every answer \
-carries `X-Request-Id`: the request's own (letters, digits and ._:/+=-, at most 128) or a new one.
+to a request carries `X-Request-Id`: the request's own (letters, digits and ._:/+=-, at most 128) or a new one.
 
 Answers of models carry TEI's timings in milliseconds, `x-total-time`, `x-queue-time`, `x-tokenization-time` and \
 `x-inference-time`, and `x-compute-tokens`. `x-truncated-tokens` counts the tokens that were cut off because they did \
@@ -37,7 +37,7 @@ MEANINGS = {
     422: "A field is missing or of the wrong type, or the task cannot take an input: `param` or the text says which.",
     429: "The queue is full; `Retry-After` says when to come back.",
     500: "The model failed on this input, or the server has a fault.",
-    503: "A worker is starting, restarting or draining.",
+    503: "A worker is starting or restarting.",
     504: "It was not done in time.",
 }
 BODY_ERRORS = (400, 408, 413, 415, 422)

@@ -30,12 +30,20 @@ except ModuleNotFoundError as error:
     raise MissingExtra(str(error.name), "ray", "serving on a Ray cluster") from None
 
 
+class _Replicated(Service):
+    """The models of one replica among others."""
+
+    async def reload(self, name: str | None = None) -> list[str]:
+        """Refuse: only this replica would change, and answers would depend on which one is asked."""
+        raise SettingError("one replica of several is not reloaded alone; run `effllm serve … --ray` again")
+
+
 class Replica:
     """One replica of the deployment."""
 
     async def __init__(self, folders: Mapping[str, str], settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
         parsed = ServeSettings(**settings)
-        self._service = await Service.open({name: Path(path) for name, path in folders.items()}, parsed)
+        self._service = await _Replicated.open({name: Path(path) for name, path in folders.items()}, parsed)
         self._app = create_app(self._service, parsed)
 
     async def __call__(self, request: Request) -> Response:

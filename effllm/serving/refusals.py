@@ -32,6 +32,8 @@ class BadInput(Refused):
     def __init__(self, message: str, index: int = 0) -> None:
         super().__init__(message)
         self.index = index
+        self.field = f"inputs.{index}"
+        """Where the input stands in the body."""
 
 
 class TooLong(BadInput):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from effllm.errors import EffllmError, MissingExtra, SettingError
+from effllm.machine import take_files
 from effllm.serving.app import admission_to, app_of
 from effllm.serving.garbage import settle
 from effllm.serving.served import Models
@@ -28,6 +29,8 @@ except ModuleNotFoundError as error:
 
 log = logging.getLogger("effllm.serving")
 
+FILES_OF_A_MODEL = 8
+"""Two workers, while one takes the place of the other: a socket and two pipes each, and what loading opens."""
 Started = Callable[[Models, str], None]
 """What is called with the models and the server's address when it listens."""
 
@@ -39,6 +42,7 @@ def serve(folders: Mapping[str, Path], settings: ServeSettings, started: Started
     returns; a second SIGTERM or SIGINT ends that wait. SIGHUP loads the folders again. Raises SettingError when the
     address is taken, ArtifactError when a folder cannot be loaded.
     """
+    take_files(settings.max_connections + FILES_OF_A_MODEL * len(folders), "--max-connections and the models")
     key = settings.read_key()  # what is wrong with it should be known before models are loaded
     with contextlib.closing(bind(settings)) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         if not key and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
@@ -89,10 +93,12 @@ async def _serve(
 ) -> None:
     from effllm.serving.service import Service  # noqa: PLC0415 - it starts processes, the app does not need it
 
-    loop = asyncio.get_running_loop()
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
     opening = asyncio.ensure_future(Service.open(folders, settings))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, opening.cancel)
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, asked.set)
     try:
         models: Models = await opening
     except asyncio.CancelledError:
@@ -101,7 +107,7 @@ async def _serve(
         log.info("stopped before the models were loaded")
         return
     try:
-        await run_app(models, settings, listener, started)
+        await run_app(models, settings, listener, started, reload=asked.is_set())
     finally:
         await models.close()
 
@@ -112,7 +118,7 @@ def http_server(models: Models, settings: ServeSettings) -> uvicorn.Server:
     return _Server(
         uvicorn.Config(
             app_of(admission),
-            http=guarded(settings, admission.refusal),
+            http=guarded(settings, admission.refusal, admission.note_connection),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -125,8 +131,13 @@ def http_server(models: Models, settings: ServeSettings) -> uvicorn.Server:
     )
 
 
-async def run_app(models: Models, settings: ServeSettings, listener: socket.socket, started: Started) -> None:
-    """Serve loaded models on a bound socket until SIGTERM or SIGINT; closing the models is the caller's."""
+async def run_app(
+    models: Models, settings: ServeSettings, listener: socket.socket, started: Started, *, reload: bool = False
+) -> None:
+    """Serve loaded models on a bound socket until SIGTERM or SIGINT; closing the models is the caller's.
+
+    With `reload` the folders are loaded again at once: it was asked for while they were loaded.
+    """
     server = http_server(models, settings)
     loop, reloads = asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
@@ -151,6 +162,8 @@ async def run_app(models: Models, settings: ServeSettings, listener: socket.sock
     if server.started:
         settle()
         started(models, address(listener))
+        if reload:
+            _reload()
     await serving
     for task in reloads:
         task.cancel()

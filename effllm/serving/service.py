@@ -103,15 +103,14 @@ class Service:
             raise SettingError(f"--engine must be one of {', '.join(ENGINES)}, got {settings.engine!r}")
         threads = settings.threads or machine.usable_cores()
         wanted = {name: WorkerSettings(path, name, settings.engine, threads) for name, path in folders.items()}
-        opening = [Instance.open(each, settings) for each in wanted.values()]
-        found = await asyncio.gather(*opening, return_exceptions=True)
-        errors = [each for each in found if isinstance(each, BaseException)]
-        if errors:
-            await asyncio.gather(*(each.close() for each in found if isinstance(each, Instance)))
-            raise errors[0]
-        models = {
-            name: Model(each, settings) for name, each in zip(wanted, found, strict=True) if isinstance(each, Instance)
-        }
+        opening = [asyncio.ensure_future(Instance.open(each, settings)) for each in wanted.values()]
+        try:
+            found = await asyncio.gather(*opening)
+        except BaseException:  # one cannot be loaded, or the server is stopped meanwhile
+            ended = await asyncio.gather(*opening, return_exceptions=True)
+            await asyncio.gather(*(each.close() for each in ended if isinstance(each, Instance)))
+            raise
+        models = {name: Model(each, settings) for name, each in zip(wanted, found, strict=True)}
         return cls(models, wanted, settings)
 
     @property

@@ -27,6 +27,7 @@ from effllm.serving.exchange import (
     checked,
     json_list_reply,
     json_reply,
+    placed,
     timings,
 )
 from effllm.serving.forms import HttpError
@@ -198,7 +199,8 @@ async def rerank(shared: Shared, call: Call, body: RerankRequest) -> Reply:
     check_texts(shared.settings, 1, [body.query], "query")
     model = _reranker(shared, call, body.model)
     examples = [Example(body.query, text) for text in body.texts]
-    answers = await ask(shared, call, model, examples, truncate=body.truncate)
+    with placed("texts.{}".format):
+        answers = await ask(shared, call, model, examples, truncate=body.truncate)
     scores = [float(result.value["score"]) for result in answers.results]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     ranks: list[dict[str, Any]] = []
@@ -245,7 +247,8 @@ async def similarity(shared: Shared, call: Call, body: SimilarityRequest) -> Rep
     model = _find(shared, call, body.model, *EMBEDDING)
     examples = [Example(text) for text in (body.inputs.source_sentence, *sentences)]
     truncate = body.parameters.truncate if body.parameters else None
-    answers = await ask(shared, call, model, examples, task=EMBEDDING[0], truncate=truncate)
+    with placed(lambda index: f"inputs.sentences.{index - 1}" if index else "inputs.source_sentence"):
+        answers = await ask(shared, call, model, examples, task=EMBEDDING[0], truncate=truncate)
     vectors = np.stack([result.value for result in answers.results])
     return json_reply(vectors[1:] @ vectors[0], timings(call, answers))
 

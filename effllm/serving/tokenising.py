@@ -78,7 +78,7 @@ class Tokenising:
         )
         groups = await self._run(work, characters)
         if not truncate:
-            self._refuse_long(groups)
+            self._refuse_long(groups, kind)
         if kind == TOKEN_STATES:
             self._refuse_many_states(groups)
         return groups
@@ -121,12 +121,15 @@ class Tokenising:
         finally:
             over.set()
 
-    def _refuse_long(self, groups: Sequence[Sequence[Encoding]]) -> None:
+    def _refuse_long(self, groups: Sequence[Sequence[Encoding]], kind: str) -> None:
         for index, group in enumerate(groups):
             lost = sum(e.truncated_tokens for e in group)
             if lost:
-                limit = self._info.max_length
-                raise TooLong(f"input {index} has {limit + lost} tokens, {self._info.name} takes {limit}", index)
+                limit, name = self._info.max_length, self._info.name
+                message = f"input {index} has {limit + lost} tokens, {name} takes {limit}"
+                if kind == "question-answering":  # a passage is read in windows, of which a question takes half at most
+                    message = f"the question of input {index} has {lost} tokens more than {name} takes"
+                raise TooLong(message, index)
 
     def _refuse_many_states(self, groups: Sequence[Sequence[Encoding]]) -> None:
         tokens, size = sum(len(e) for group in groups for e in group), self._info.embedding_size

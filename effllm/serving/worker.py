@@ -6,13 +6,14 @@ values; nothing in them comes from a request except texts and token ids.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import multiprocessing
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class Worker:
         finally:
             theirs.close()
         self._end: LoopEnd | None = None
+        atexit.register(self._process.kill)  # it ignores what else would end it, and would be waited for
 
     @property
     def pid(self) -> int:
@@ -127,6 +129,7 @@ class Worker:
         """End the process and wait for its end; any thread may."""
         self._process.kill()
         self._process.join(5)
+        atexit.unregister(self._process.kill)
 
     def close(self) -> None:
         """Stop hearing the process and end it."""
@@ -140,9 +143,12 @@ def _work(theirs: socket.socket, settings: WorkerSettings) -> None:
         signal.signal(name, signal.SIG_IGN)  # the server decides what they mean, and when to end
     end = BlockingEnd(theirs)
     try:
+        manifest = _manifest(settings.folder)
         wide = _open(settings)
-        narrow = _narrowed(wide, settings) if settings.threads > 1 else wide
-        end.send(Hello(_info(wide, settings), wide.head))
+        narrow = _narrowed(wide, settings, manifest) if settings.threads > 1 else wide
+        hello = Hello(_info(wide, settings, manifest), wide.head)
+        check_same(settings.folder, manifest)
+        end.send(hello)
     except EffllmError as error:
         end.send(error)
         return
@@ -186,24 +192,33 @@ class _Lanes:
                 return
 
 
+def check_same(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ArtifactError where a folder's manifest is another one: parts of two models would be mixed."""
+    if read_manifest(folder) != manifest:
+        raise ArtifactError(f"{folder} was replaced while it was loaded; load it again")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    if not is_variant(folder):
+        raise ArtifactError(f"{folder} is not a folder that effllm wrote; run `effllm export` first")
+    return read_manifest(folder)
+
+
 def _open(settings: WorkerSettings) -> Predictor:
-    if not is_variant(settings.folder):
-        raise ArtifactError(f"{settings.folder} is not a folder that effllm wrote; run `effllm export` first")
     return Predictor.open(
         settings.folder, engine=settings.engine, threads=settings.threads, name=settings.name, spin=False
     )
 
 
-def _narrowed(wide: Predictor, settings: WorkerSettings) -> Predictor:
+def _narrowed(wide: Predictor, settings: WorkerSettings, manifest: Mapping[str, Any]) -> Predictor:
     """Return the same model on one thread."""
-    file = settings.folder / str(read_manifest(settings.folder)["model_file"])
+    file = settings.folder / str(manifest["model_file"])
     engine = open_engine(settings.engine, file, auto_class=wide.task.auto_class, threads=1, spin=False)
     dependent = wide.batch_dependent
     return Predictor(wide.name, wide.folder, wide.task, wide.tokenizer, engine, batch_dependent=dependent)
 
 
-def _info(predictor: Predictor, settings: WorkerSettings) -> ModelInfo:
-    manifest = read_manifest(settings.folder)
+def _info(predictor: Predictor, settings: WorkerSettings, manifest: dict[str, Any]) -> ModelInfo:
     model_file = str(manifest.get("model_file", ""))
     return ModelInfo(
         name=settings.name,

@@ -267,7 +267,7 @@ def test_more_clients_than_files_may_be_open_are_refused(
 ) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda _: (300, 300))
     assert bench("--url", "http://127.0.0.1:1", "--clients", "240") == 2
-    assert "--clients 240 need as many open files" in error(capsys)
+    assert "--clients 240: that takes 240 open files" in error(capsys)
     assert bench("--url", "http://127.0.0.1:1", "--clients", "236") == 2
     assert "no connection" in error(capsys)
 

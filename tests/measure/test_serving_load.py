@@ -65,7 +65,7 @@ def test_warm_up_and_failures_do_not_count_as_answers() -> None:
     rows = LoadRun(sent, 1.0).rows("s", {}, 1e3)
     found = values(rows)
     assert found["throughput served"] == pytest.approx(2.0)
-    assert found["request p50"] == pytest.approx(250)
+    assert found["request p50"] == pytest.approx(400), "of 100, 400 and the 5,000 after which it was given up"
     assert (found["requests200"], found["requests429"], found[f"requests{TIMED_OUT}"]) == (2, 1, 1)
     assert "requests503" not in found
     assert all(row.how["role"] == "serving" and row.machine for row in rows)

@@ -172,16 +172,24 @@ def test_nothing_and_too_much(client: Client, models: FakeModels) -> None:
     ],
 )
 def test_each_refusal_has_its_status_in_every_api(models, client, refusal, status, kind) -> None:
-    for model in models.models.values():
-        model.refusal = refusal
+    more = [getattr(refusal, name) for name in ("index", "retry_after_s") if hasattr(refusal, name)]
+    made = (str(refusal), *more)
     for path, api in POSTS.items():
+        for model in models.models.values():
+            model.refusal = type(refusal)(*made)
         answer = client.post(path, GOOD[path])
         assert answer.status_code == status
         message = in_form(api, answer)
         assert str(refusal) in message
         if isinstance(refusal, refusals.BadInput):
-            name = "input" if path == "/v1/embeddings" else "texts" if path == "/rerank" else "inputs"
-            assert message.startswith(f"{name}.{refusal.index}: ")
+            index = refusal.index
+            fields = {
+                "/v1/embeddings": f"input.{index}",
+                "/rerank": f"texts.{index}",
+                "/similarity": f"inputs.sentences.{index - 1}",
+            }
+            field = f"inputs.0.data.{index}" if path.startswith("/v2") else fields.get(path, f"inputs.{index}")
+            assert message.startswith(f"{field}: "), path
         if status == 429:
             assert answer.headers["retry-after"] == "1"
     assert client.post("/embed", GOOD["/embed"]).json()["error_type"] == kind

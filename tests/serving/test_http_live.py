@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -181,6 +182,46 @@ def test_a_large_head_is_refused(models: FakeModels) -> None:
         assert received(connection).startswith(b"HTTP/1.1 431 ")
 
 
+def test_a_large_head_in_a_single_packet_is_refused(models: FakeModels) -> None:
+    head = b"".join(b"x-%d: %s\r\n" % (number, b"a" * 4000) for number in range(20))
+    with live(models, QUICK) as url, connected(url) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(b"GET /health HTTP/1.1\r\n" + head + b"\r\n")
+        assert received(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_what_is_refused_before_there_is_a_request_is_counted_and_logged(
+    models: FakeModels, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "effllm")
+    with live(models, QUICK) as url, connected(url) as connection:
+        connection.sendall(b"HELLO\r\n\r\n")
+        answer = received(connection)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error_type"] == "Validation"
+        assert 'effllm_requests_total{path="connection",status="400"} 1.0' in httpx.get(f"{url}/metrics").text
+    assert "- - connection 400" in caplog.text
+
+
+def test_a_reload_that_is_asked_for_while_models_load_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from effllm.serving import server, service
+
+    models = every_task()
+
+    async def opened(*_: object) -> FakeModels:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.05)
+        return models
+
+    monkeypatch.setattr(service.Service, "open", opened)
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.serve({"a": Path("a")}, ServeSettings(port=0), lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert models.reloads == [None]
+
+
 def test_connections_beyond_the_limit_get_503_and_room_comes_back(models: FakeModels) -> None:
     settings = ServeSettings(port=0, max_connections=3)
     with live(models, settings) as url, contextlib.ExitStack() as stack:
@@ -261,7 +302,8 @@ def test_a_client_that_does_not_read_is_cut_off(models: FakeModels) -> None:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect((urlsplit(url).hostname, urlsplit(url).port))
         deaf.sendall(post("/embed_all", b'{"inputs": "a"}'))
-        assert eventually(lambda: 'effllm_requests_total{path="/embed_all"' in httpx.get(f"{url}/metrics").text)
+        assert eventually(lambda: 'client_gone_total{path="/embed_all"} 1.0' in httpx.get(f"{url}/metrics").text)
+        assert 'effllm_requests_total{path="/embed_all"' not in httpx.get(f"{url}/metrics").text
         deaf.settimeout(20)
         assert len(received(deaf)) < 64 * 50_000 * 4
         whole = httpx.post(f"{url}/embed_all", json={"inputs": "a"}, timeout=60)

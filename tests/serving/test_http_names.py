@@ -19,6 +19,15 @@ def test_folders_are_served_under_their_own_names_or_those_given(tmp_path: Path)
     assert list(named.values())[3] == Path.cwd()
 
 
+def test_a_link_stays_one_so_that_it_can_lead_elsewhere_later(tmp_path: Path) -> None:
+    (tmp_path / "releases" / "1").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("releases/1")
+    current = {"current": tmp_path / "current"}
+    assert name_folders([str(tmp_path / "current")]) == current
+    assert name_folders([str(tmp_path / "releases" / ".." / "current")]) == current
+    assert name_folders([f"films={tmp_path / 'current'}"]) == {"films": tmp_path / "current"}
+
+
 def test_folders_of_the_same_name_get_their_parents(tmp_path: Path) -> None:
     paths = [tmp_path / "one" / "best", tmp_path / "two" / "best", tmp_path / "other"]
     assert list(name_folders([str(path) for path in paths])) == ["one-best", "two-best", "other"]

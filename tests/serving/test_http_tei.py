@@ -9,7 +9,7 @@ import pytest
 from asgi import Client
 from fakes import LABELS, SIZE, FakeModel, FakeModels, every_task, numbers
 
-from effllm.serving.answers import fillings
+from effllm.serving.answers import fillings, words_of
 from effllm.serving.app import create_app
 from effllm.serving.refusals import BadInput
 from effllm.serving.served import POOLED, TOKEN_STATES, TokenPiece
@@ -289,3 +289,24 @@ def test_a_mask_that_was_cut_off_is_an_error() -> None:
     assert fillings(found, "a [MASK]")[0]["sequence"] == "a fox"
     with pytest.raises(BadInput, match="beyond the tokens"):
         fillings(found, "a [MASK] and a [MASK]")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("我住在北京，他在Paris。", ["我", "住", "在", "北", "京", "，", "他", "在", "Paris", "。"]),
+        (
+            "Paris/London, Ada,Bob Berlin–Paris",
+            ["Paris", "/", "London", ",", "Ada", ",", "Bob", "Berlin", "–", "Paris"],
+        ),
+        ("Jean-Luc's U.S. visit (AT&T)!", ["Jean-Luc's", "U.S", ".", "visit", "(", "AT&T", ")!"]),
+        ("3,000 to 4.5 at rock'n'roll_2", ["3,000", "to", "4.5", "at", "rock'n'roll_2"]),
+    ],
+)
+def test_words_of_text_are_those_that_can_have_a_tag_of_their_own(text: str, words: list[str]) -> None:
+    assert list(words_of(text).text) == words
+
+
+def test_texts_of_any_kind_lose_nothing_but_white_space() -> None:
+    for text in ("a..b,,c 9,9 ,9", "東京にいる", "ไทย และ", "x\u3000y z", "'' - ’a’ &b&"):
+        assert "".join(words_of(text).text) == "".join(text.split())

@@ -42,7 +42,7 @@ from effllm.serving.refusals import (
 from effllm.serving.served import POOLED, TOKEN_STATES
 from effllm.serving.service import Service
 from effllm.serving.settings import ServeSettings
-from effllm.serving.worker import PieceFailed, Ran, Worker, WorkerSettings
+from effllm.serving.worker import PieceFailed, Ran, Worker, WorkerSettings, check_same
 from effllm.tasks import Example
 
 TEXTS = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(20)]
@@ -651,3 +651,90 @@ def test_a_request_waits_until_its_first_batch_and_runs_while_any_of_its_batches
         os.kill(instance.worker_pid, signal.SIGKILL)
 
     run(classifier(folders), test, ServeSettings(threads=2, max_tokens=1))
+
+
+def test_a_reload_follows_a_link_to_where_it_leads_now(folders: dict[str, Path], tmp_path: Path) -> None:
+    current = tmp_path / "current"
+    current.symlink_to(folders[CLASSIFIER])
+
+    async def test(service: Service) -> None:
+        assert service.find("model").info.task == CLASSIFIER
+        current.unlink()
+        current.symlink_to(folders["fill-mask"])
+        assert await service.reload() == ["model"]
+        assert service.find("model").info.task == "fill-mask"
+
+    run({"model": current}, test)
+
+
+def test_a_folder_that_is_replaced_while_it_is_loaded_is_not_mixed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effllm.serving import instance
+
+    kept = []
+
+    def other(folder: Path, manifest: dict) -> None:
+        raise ArtifactError(f"{folder} was replaced while it was loaded; load it again")
+
+    def start(settings: WorkerSettings) -> tuple[Worker, Any]:
+        kept.append(started := begin(settings))
+        return started
+
+    begin = instance._start
+    monkeypatch.setattr(instance, "_start", start)
+    monkeypatch.setattr(instance, "check_same", other)
+    with pytest.raises(ArtifactError, match="was replaced while it was loaded"):
+        run(classifier(folders), None)
+    assert not kept[0][0]._process.is_alive()
+
+
+def test_a_manifest_that_changed_is_seen(folders: dict[str, Path]) -> None:
+    manifest = json.loads((folders[CLASSIFIER] / "effllm.json").read_text())
+    check_same(folders[CLASSIFIER], manifest)
+    with pytest.raises(ArtifactError, match="was replaced while it was loaded"):
+        check_same(folders["fill-mask"], manifest)
+
+
+def test_a_server_that_is_stopped_while_it_loads_leaves_no_process(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from effllm.serving import instance
+
+    kept: list[Worker] = []
+    slow = threading.Event()
+
+    def start(settings: WorkerSettings) -> tuple[Worker, Any]:
+        if settings.name == "slow":
+            assert slow.wait(30)
+        started = begin(settings)
+        kept.append(started[0])
+        return started
+
+    begin = instance._start
+    monkeypatch.setattr(instance, "_start", start)
+
+    async def test() -> None:
+        named = {"quick": folders[CLASSIFIER], "slow": folders[CLASSIFIER]}
+        opening = asyncio.ensure_future(Service.open(named, ServeSettings(threads=1)))
+        while not kept:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        opening.cancel()
+        await asyncio.sleep(0.1)
+        slow.set()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    asyncio.run(test())
+    assert len(kept) == 2
+    assert not any(worker._process.is_alive() for worker in kept)
+
+
+def test_a_question_that_is_too_long_is_told_by_how_much(folders: dict[str, Path]) -> None:
+    async def test(service: Service) -> None:
+        model = service.find(None)
+        with pytest.raises(TooLong, match=r"the question of input 0 has \d+ tokens more than model takes"):
+            await model.answer([Example(" ".join(WORDS[:8] * 30), "paris")], truncate=False)
+
+    run({"model": folders["question-answering"]}, test)
