@@ -2,12 +2,13 @@
 
     python benchmarks/transfer.py TOKENS SST2 [--seconds 600] [--run DIR] [--learning-rate 3e-4]
 
-TOKENS is a folder that `effllm prepare` wrote (English Wikipedia here), SST2 a folder with `train.jsonl.xz` and
-`dev.jsonl`. Pre-trains the preset `modern-mini` for the given seconds on all cores, then fine-tunes it and the same
-model with random weights with five paired seeds: same examples, order and settings. The gain is the mean of the five
-differences of dev accuracy with a 95 % interval of Student's t. With `--full` one fine-tuning on all examples stands
-beside. A pre-training run made elsewhere, as on a GPU and of another model, is taken by `--run`, its seconds by
-`--seconds`. Writes `results/transfer.jsonl`, where rows of other seconds stay. One corpus and one task.
+TOKENS is a folder that `effllm prepare` wrote with its defaults (English Wikipedia here), SST2 a folder with
+`train.jsonl.xz` and `dev.jsonl`. Pre-trains the preset `modern-mini` for the given seconds on all cores, then fine-
+tunes it and the same model with random weights with five paired seeds: same examples, order and settings. The gain
+is the mean of the five differences of dev accuracy with a 95 % interval of Student's t; another pre-training would
+move it too. With `--full` one fine-tuning on all examples stands beside. A pre-training run made elsewhere, as on a
+GPU and of another model, is taken by `--run`, its seconds by `--seconds`. Writes `results/transfer.jsonl`, where
+rows of other seconds stay. One corpus and one task.
 """
 
 from __future__ import annotations
@@ -36,6 +37,18 @@ from effllm.variant import Variant
 RESULTS = Path(__file__).parent / "results" / "transfer.jsonl"
 EXAMPLES, SEEDS = 2000, 5
 PRETRAIN = {"model": "modern-mini", "batch_size": 8, "learning_rate": 1.5e-3, "beta2": 0.95, "precision": "bf16"}
+RECORDED = (
+    "batch_size",
+    "learning_rate",
+    "schedule",
+    "warmup",
+    "optimizer",
+    "beta2",
+    "mask_rate",
+    "max_length",
+    "precision",
+)
+"""The settings of pre-training that rows hold."""
 FINETUNE = {"epochs": 4.0, "learning_rate": 3e-4, "dropout": 0.1, "precision": "bf16"}
 
 
@@ -105,8 +118,11 @@ def main() -> None:
         )
     before = read_rows(RESULTS) if RESULTS.exists() else []
     others = [row for row in before if row.how["pre-training seconds"] != arguments.seconds]
+    step = last.manifest["steps"][-1]["settings"]
     how = {
         "pre-training seconds": arguments.seconds,
+        "pre-training steps": last.manifest["progress"]["step"],
+        "pre-training": {name: step[name] for name in RECORDED},
         "pre-trained on": loss.machine,
         "model": shape,
         "examples": EXAMPLES,

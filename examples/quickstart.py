@@ -1,4 +1,4 @@
-"""Compress a model and use the result, from Python. Pass a model folder or hub id, or take the packaged MiniLM."""
+"""Compress a model and use the result, from Python. Pass a folder or hub id, or take the packaged MiniLM."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ def main(model: str | Path, out: Path) -> None:
 
     small = effllm.open(out)
     dense = effllm.open(model, engine="torch")
-    texts = ["A cat sits on the mat.", "A kitten rests on a rug."]
-    print("similarity, dense and int8:", *(float(a @ b) for a, b in (dense.embed(texts), small.embed(texts))))
+    if small.task.name in {"feature-extraction", "sentence-similarity"}:
+        texts = ["A cat sits on the mat.", "A kitten rests on a rug."]
+        print("similarity, dense and int8:", *(float(a @ b) for a, b in (dense.embed(texts), small.embed(texts))))
+    else:
+        examples = small.task.unlabelled(["A cat sits on the mat.", "It was a [MASK] day."], small.head)
+        for ours, theirs in zip(small.answers(examples), dense.answers(examples), strict=True):
+            print("dense:", theirs.value, "\nint8:", ours.value)
 
 
 if __name__ == "__main__":

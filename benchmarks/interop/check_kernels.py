@@ -2,13 +2,8 @@
 
     python check_kernels.py LAYOUT
 
-<<<<<<< HEAD
 LAYOUT is what `effllm_kernels.hub.write_layout` wrote. Runs in an environment of its own, without effllm; prints one
 line of JSON: largest differences, float32, and versions.
-=======
-LAYOUT is what `effllm_kernels.hub.write_layout` wrote. Runs in its own environment, without effllm; prints one line
-of JSON: largest differences, float32, and versions.
->>>>>>> kernels-hf
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Load effllm's folders in other tools, each in its own environment, and compare their answers with effllm's.
 
-See README.md beside this file. Everything that is made (environments, models, folders, logs) lies in `.interop/` at the
+Everything that is made (environments, models, folders, logs) lies in `.interop/` at the
 root of the repository; environments are kept and used again, folders are written anew by each run.
 """
 
