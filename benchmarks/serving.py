@@ -8,13 +8,14 @@ process of its own with the same threads; the load comes from this process (`eff
 takes its share of the same cores, except under overload. Writes `results/serving.jsonl`; with `--only`, rows of the
 other parts stay.
 
-- **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor and
-  infinity (where their environments are given), and the bare loop without a server (tokenise, sort by length, run), as
-  one on all cores and as one per core: 32 clients with 16–64 and with 8–128 tokens, and one client. Servers whose turn
-  it is not are stopped. Medians of rounds, 95 % intervals of medians and of ratios of medians.
+- **peers**: in interleaved rounds, `effllm serve`, a FastAPI written by hand, LitServe with effllm's predictor (one
+  worker on all cores, and one per core) and infinity (where their environments are given), and the bare loop without a
+  server (tokenise, sort by length, run), as one on all cores and as one per core: 32 clients with 16–64 and with 8–128
+  tokens, and one client. Servers whose turn it is not are stopped. Medians of rounds, 95 % intervals of medians and of
+  ratios of medians.
 - **overload**: four times as many requests as it can answer, at random times, for a minute. A request is more work to
   send than to refuse, so where there are two cores or more the client has one for itself, and the server the others,
-  with as many threads; its peak is measured in the same way.
+  with as many threads; its peak is measured in the same way, three times before and three times after.
 - **kill**: the worker process is killed with signal 9 twice while 32 clients wait; every request must end.
 - **shapes**: 10,000 requests, each of another number of texts of other lengths; memory over it.
 - **soak**: half an hour of 80 % load, after minutes of full load. Hosts slow down under load, and by a fifth within
@@ -35,6 +36,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import itertools
 import math
 import os
@@ -63,6 +65,7 @@ from effllm.rows import Row, read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 OURS, NAIVE, LITSERVE, INFINITY = "effllm serve", "FastAPI by hand", "LitServe", "infinity"
+LITSERVE_APART = "LitServe, a worker per core"
 LOOP, SORTED_LOOP = "loop, as many texts as clients", "loop, all texts sorted"
 APART_LOOP = "a loop per core, all texts sorted"
 CLIENTS = 32
@@ -78,6 +81,7 @@ LOAD = 0.8
 """What share of its peak a soak asks of a server."""
 STRETCH_S = 60.0
 """The part of a soak that has a rate of its own."""
+RUNTIME = importlib.metadata.version("onnxruntime")
 PATIENCE_S = 60.0
 """How long a client waits: longer than the server's own limit, so that the server has to say something first."""
 
@@ -175,6 +179,8 @@ def peers(plan: Plan) -> Iterator[Row]:
     if plan.litserve_python:
         command = peer_command("litserve_server.py", plan.folder, plan.threads, plan.litserve_python)
         servers.append(ServerProcess(LITSERVE, command))
+        if plan.threads > 1:
+            servers.append(ServerProcess(LITSERVE_APART, [*command, "--workers", str(plan.threads)]))
     if plan.infinity_python:
         command = peer_command("infinity_server.py", plan.folder, plan.threads, plan.infinity_python)
         servers.append(ServerProcess(INFINITY, command, "openai", "/v1/embeddings"))
@@ -187,7 +193,9 @@ def peers(plan: Plan) -> Iterator[Row]:
             stack.enter_context(server).stop()
         for clients, low, high in LOADS:
             found = _interleaved(plan, servers, loop, clients, texts_of_lengths(low, high, TEXTS))
-            yield from found.rows(plan.how("peers", clients=clients, tokens=f"{low}–{high}"))
+            yield from found.rows(
+                plan.how("peers", clients=clients, tokens=f"{low}–{high}", seconds=plan.seconds, onnxruntime=RUNTIME)
+            )
 
 
 def _interleaved(plan: Plan, servers: Sequence[ServerProcess], loop: RawLoop, clients: int, texts: list[str]) -> Rounds:
@@ -250,26 +258,33 @@ def overload(plan: Plan) -> Iterator[Row]:
         with on_cores(its):
             server = stack.enter_context(plan.ours())
         stack.enter_context(on_cores(ours))
-        peak = peak_rate(server, texts, max(plan.seconds, 10.0))
-        say(f"overload: peak {peak:.0f} texts/s, {4 * peak:.0f} requests/s for {plan.overload_s:g} s")
-        run = drive(server, texts, Load(rate=4 * peak, seconds=plan.overload_s, warm_up_s=3.0))
+        peaks = [peak_rate(server, texts, max(plan.seconds, 10.0)) for _ in range(3)]
+        rate = 4 * float(np.median(peaks))
+        say(f"overload: peaks {' '.join(f'{peak:.0f}' for peak in peaks)} texts/s, {rate:.0f} requests/s are sent")
+        run = drive(server, texts, Load(rate=rate, seconds=plan.overload_s, warm_up_s=3.0))
+        peaks += [peak_rate(server, texts, max(plan.seconds, 10.0)) for _ in range(3)]
     cores = "shared" if its & ours else f"{len(its)} of the server, {len(ours)} of the client"
     how = plan.how("overload", tokens="16–64", max_queue=plan.max_queue, cores=cores)
-    yield from overload_rows(run, peak, plan.max_queue, how)
+    yield from overload_rows(run, rate, peaks, plan.max_queue, how)
 
 
-def overload_rows(run: LoadRun, peak: float, max_queue: int, how: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield what a server did under more than it can answer.
+def overload_rows(
+    run: LoadRun, rate: float, peaks: Sequence[float], max_queue: int, how: Mapping[str, Any]
+) -> Iterator[Row]:
+    """Yield what a server did under more than it can answer, as a share of the median of its peaks.
 
+    The interval of the share holds both what is uncertain: the texts answered, and the peak, by its lowest and highest.
     The queue bound is the time that a full queue takes at the peak rate: no accepted request should wait for longer,
     apart from its own batch and the batch before it.
     """
-    yield row("peak", peak, "texts/s", OURS, {**how, "clients": CLIENTS})
-    how = {**how, "rate": round(4 * peak, 1)}
+    peak, lowest, highest = float(np.median(peaks)), min(peaks), max(peaks)
+    bounds = {"bounds": "lowest and highest", "clients": CLIENTS}
+    yield row("peak", peak, "texts/s", OURS, {**how, **bounds}, n=len(peaks), low=lowest, high=highest)
+    how = {**how, "rate": round(rate, 1)}
     rows = run.rows(OURS, how, within_ms=1e9)
     yield from (one for one in rows if one.metric != "goodput")
     served = next(one for one in rows if one.metric == "throughput served")
-    low, high = ((bound or 0.0) / peak for bound in (served.low, served.high))
+    low, high = (served.low or 0.0) / highest, (served.high or 0.0) / lowest
     checks = {**how, "role": "serving check"}
     yield row("goodput, share of peak", served.value / peak, "share", OURS, checks, n=served.n, low=low, high=high)
     yield row("queue bound", max_queue / peak * 1e3, "ms", OURS, checks)
@@ -457,7 +472,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure (default: all)")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of peers")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of peers, 6 or more")
     parser.add_argument("--seconds", type=float, default=8.0, help="seconds per system, load and round")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
     parser.add_argument("--kill-seconds", type=float, default=60.0)
@@ -471,6 +486,8 @@ def main() -> None:
     parts = flags.only.split(",")
     if not set(parts) <= set(PARTS):
         parser.error(f"--only takes {', '.join(PARTS)}")
+    if flags.rounds < 6:
+        parser.error("--rounds must be at least 6: fewer have no 95 % interval of a median")
     plan = Plan(
         folder=flags.folder.resolve(),
         threads=machine.usable_cores(),

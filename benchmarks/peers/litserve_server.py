@@ -4,8 +4,8 @@
 
 Runs in an environment that has LitServe and effllm's runtime (onnxruntime, tokenizers, numpy, scipy; no torch), effllm
 itself on the path. DIR is an exported embedding model; answers `POST /embed` with `{"inputs": [text]}`, one text a
-request. One worker; a batch is what waits when the one before is done (`batch_timeout=0`), as waiting for company does
-not help on a CPU.
+request. One worker by default; a batch is what waits when the one before is done (`batch_timeout=0`), as waiting for
+company does not help on a CPU.
 """
 
 from __future__ import annotations
@@ -53,9 +53,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the threads")
     options = parser.parse_args()
     server = litserve.LitServer(
-        Embed(options.folder, options.threads), accelerator="cpu", workers_per_device=1, timeout=60
+        Embed(options.folder, options.threads // options.workers),
+        accelerator="cpu",
+        workers_per_device=options.workers,
+        timeout=60,
     )
     server.run(port=options.port, host="127.0.0.1", num_api_servers=1, generate_client_file=False, log_level="warning")
 
