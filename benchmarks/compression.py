@@ -37,8 +37,6 @@ from effllm.variant import Variant, is_variant
 RESULTS = Path(__file__).parent / "results"
 DISTIL = "distil:learning_rate=2e-4,seed={seed}"
 """One pass over the training set."""
-DROPOUT_DISTIL = "distil:precision=bf16,dropout=true,seed={seed}"
-"""The same with the model's dropout, at half the rate, as it was when those rows were measured."""
 SHORT_DISTIL = "distil:precision=bf16,steps=600,dropout=true,seed={seed}"
 
 
@@ -82,7 +80,7 @@ RECIPES = {
     "int4 rtn": Recipe(("int4:algorithm=rtn,group_size={group_size}",)),
     "nf4": Recipe(("nf4",)),
     "structured 2x": Recipe(("structured:flops=0.5",)),
-    "structured 2x + distil": Recipe(("structured:flops=0.5", DROPOUT_DISTIL)),
+    "structured 2x + distil": Recipe(("structured:flops=0.5", DISTIL)),
     "structured 2x + distil + int8": Recipe(("int8",), "structured 2x + distil"),
     "structured 3x": Recipe(("structured:flops=0.33",)),
     "structured 3x + distil": Recipe(("structured:flops=0.33", DISTIL)),

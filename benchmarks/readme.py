@@ -278,7 +278,7 @@ def serving_table() -> str:
     killed, lost = (find(rows, metric, OURS) for metric in ("workers killed", "requests without a clear end"))
     ends = (
         f"Under four times its load for a minute (cores: {goodput.how['cores']}) "
-        f"it answered {goodput.value:.0%} of its peak, with {errors.value:.0f} "
+        f"it answered {goodput.value:.0%} of its peak [{goodput.low:.0%}, {goodput.high:.0%}], with {errors.value:.0f} "
         f"server errors; with {killed.value:.0f} workers killed under load {lost.value:.0f} requests were lost."
     )
     over = {"shapes": "10,000 requests of random shapes", "soak": "half an hour at 80 % load"}
@@ -297,8 +297,8 @@ def serving_table() -> str:
     if peaks:
         ends += f" Meanwhile its peak, measured {len(peaks)} times, was {min(peaks):.0f} to {max(peaks):.0f} texts/s."
     how = (
-        f"all-MiniLM-L6-v2 in int8, medians of {first.n} interleaved rounds of a few seconds, client and server on the "
-        "same cores; LitServe and infinity run one batch on both cores, as they do by default, effllm one on each"
+        f"all-MiniLM-L6-v2 in int8, medians of {first.n} interleaved rounds of {first.how['seconds']:g} s, client and "
+        "server on the same cores; infinity, and LitServe by default, run one batch on all cores, effllm one on each"
     )
     return "\n".join([*lines, "", f"{first.machine}; {how}. {ends}"])
 
