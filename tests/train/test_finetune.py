@@ -521,7 +521,10 @@ def traces(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     for file in (*shape.glob("*token*"), shape / "model.safetensors"):
         file.unlink()
     script = str(Path(__file__).with_name("two_processes.py"))
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+    for name, launch in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
         arguments = [script, str(models), str(tokens), str(root / name), str(root / "modernbert--fill-mask")]
         result = subprocess.run([sys.executable, *launch, *arguments], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
