@@ -19,7 +19,7 @@ from effllm.errors import CheckFailed, SettingError, unknown_name
 from effllm.folder import ModelFolder, open_folder
 from effllm.measure.latency import Load, System
 from effllm.measure.latency import bench as bench_systems
-from effllm.measure.quality import batch_spread, compare, evaluate, quality_row
+from effllm.measure.quality import batch_spread, compare, evaluate
 from effllm.progress import Track, silent
 from effllm.rows import Row, of_model
 from effllm.runtime.engine import ENGINES, open_engine
@@ -209,14 +209,10 @@ def _quality(
         comparison = compare(dense, other, examples, data, track)
         if comparison.agreement < settings.min_agreement:
             off[entrant.name] = comparison.agreement
-        own = [row for row in comparison.rows(dense=False) if row.system == entrant.name]
-        if entrant is others[0]:
-            yield (
-                quality_row(entrant.task, comparison.dense, reference.name, data)
-                if comparison.labelled
-                else dataclasses.replace(own[0], value=1.0, system=reference.name)
-            )
-        yield from [*own, *_batch_rows(other, examples)]
+        found = comparison.rows(dense=entrant is others[0])
+        if entrant is others[0] and not comparison.labelled:
+            yield dataclasses.replace(found[0], value=1.0, system=reference.name)
+        yield from [*found, *_batch_rows(other, examples)]
     return off
 
 

@@ -2,9 +2,8 @@
 
 `effllm.json` says where the folder comes from (parent, steps, settings, seeds, versions), what it promises
 (`batch_dependent`), what was measured on it (rows) and the SHA-256 and size of every other file, but for the card
-(`README.md`), which people edit. `create` writes into a
-temporary folder beside the target and renames it when complete; what a killed process leaves behind is swept by the
-next `create` on the same target.
+(`README.md`), which people edit. `create` writes into a temporary folder beside the target and renames it when
+complete; what a killed process leaves behind is swept by the next `create` on the same target.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def read_labels(path: Path, task: Task, columns: Mapping[str, str] | None = None
     """Read the labels of a training file, sorted by name, whole numbers by value.
 
     Text classification whose labels are written as floats is a regression, and one with a column `labels` instead gives
-    a text several. Raises SettingError for a missing or empty
-    label, for data with one label only or with one score only, and for numbers mixed with names.
+    a text several. Raises SettingError for a missing or empty label, for data with one label only or with one score
+    only, and for numbers mixed with names.
     """
     read = READERS.get(task.name)
     return read(path, read_records(path, columns)) if read else Labels()

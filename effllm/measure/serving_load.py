@@ -112,14 +112,14 @@ class LoadRun:
         ]
 
     def _latencies(self, system: str, how: Mapping[str, Any]) -> list[Row]:
-        answered = [one for one in self.counted() if one.waited]
-        if not any(one.answered for one in answered):
+        waited = [one for one in self.counted() if one.waited]
+        if not any(one.answered for one in waited):
             return []
         blocks: list[list[float]] = [[] for _ in range(BLOCKS)]
-        for one in answered:
+        for one in waited:
             blocks[int(one.due_s / self.seconds * BLOCKS)].append(one.latency_ms)
         points = list(QUANTILES.values())
-        values = np.quantile([one.latency_ms for one in answered], points)
+        values = np.quantile([one.latency_ms for one in waited], points)
         bounds: Sequence[tuple[float | None, float | None]] = [(None, None)] * len(points)
         if all(blocks):
             arrays = [np.array(block) for block in blocks]
@@ -129,7 +129,7 @@ class LoadRun:
 
             bounds = intervals_of_scores(quantiles, np.arange(BLOCKS))
         return [
-            Row(name, float(value), "ms", system, len(answered), low, high, dict(how))
+            Row(name, float(value), "ms", system, len(waited), low, high, dict(how))
             for name, value, (low, high) in zip(QUANTILES, values, bounds, strict=True)
         ]
 

@@ -178,7 +178,7 @@ def cut_passes(lengths: Sequence[int], passes: Passes, world: int) -> list[list[
 def _stack(values: Sequence[Any], width: int) -> np.ndarray:
     """Stack scalars to (n,), float32 arrays (labels,) to (n, labels), or int64 arrays (T,) to (n, width).
 
-    These are filled up with the label that no loss is taken on.
+    The last are filled up with the label that no loss is taken on.
     """
     if not isinstance(values[0], np.ndarray):
         return np.array(values, dtype=np.float32 if isinstance(values[0], float) else np.int64)

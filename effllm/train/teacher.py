@@ -8,7 +8,6 @@ from effllm.errors import SettingError
 from effllm.folder import ModelFolder
 from effllm.runtime.tokenizer import TextTokenizer
 from effllm.tasks import Head, Task
-from effllm.tasks.multi_label import MULTI_LABEL
 from effllm.tasks.text_classification import gives_each_label
 from effllm.variant import check_whole
 
@@ -19,8 +18,8 @@ def check_teacher(teacher: ModelFolder, student: ModelFolder, task: Task, head: 
     Raises ArtifactError where effllm wrote its folder and that is damaged.
     """
     check_whole(teacher.path)
-    several = teacher.config.get("problem_type") == MULTI_LABEL and len(teacher.labels) > 1
-    if task.name == "text-classification" and several != gives_each_label(task, head):
+    several = gives_each_label(task, Head(tuple(teacher.labels), problem_type=teacher.config.get("problem_type")))
+    if several != gives_each_label(task, head):
         what = ("any number of labels", "one") if several else ("one label", "any number")
         raise SettingError(f"the teacher {teacher.path} gives a text {what[0]}, here it is given {what[1]}")
     labels = tuple(teacher.labels) if head.labels else ()
