@@ -67,7 +67,7 @@ def test_several_labels_equal_scikit_learn(pairs: list[tuple[list[bool], list[bo
     rows = []
     for given_labels, wanted in zip(predicted, reference, strict=True):
         record = {"text": "x", "labels": [label for label, one in zip(labels, wanted, strict=True) if one]}
-        answer = task.decode(Example("x"), [], [{"logits": (4.0 * given_labels - 1).astype(np.float32)}], head)
+        answer = task.decode(Example("x"), [], [{"logits": (given_labels - 0.5).astype(np.float32)}], head)
         rows.append(task.statistics(task.parse(record, head, gold=True), answer))
     found = task.metrics(np.array(rows))
     assert list(found) == ["micro f1", "macro f1", "exact match"]
